@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from placement_samples import CONFIG
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from placement.model_profile import ProfileError, profile_model
+from placement.plan import ITEM_BYTES
+
+BASE = {
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 311,
+    "max_position_embeddings": 512,
+}
+
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"head_dim": 32}),
+    ("mistral", {}),
+    ("mistral", {"head_dim": 40, "sliding_window": 64}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"head_dim": 24, "attention_bias": True}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "mlp_only_layers": [1],
+            "head_dim": 16,
+        },
+    ),
+]
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(item.numel() * item.element_size() for item in module.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "extra"), FAMILIES)
+def test_bytes_are_those_of_the_real_modules(
+    family: str, extra: dict[str, object], dtype: str, tied: bool
+) -> None:
+    config = AutoConfig.for_model(family, **{**BASE, **extra}, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    profile = profile_model(config.to_dict(), dtype)
+    assert [layer.weight_bytes for layer in profile.layers] == [
+        size(layer) for layer in model.model.layers
+    ]
+    assert profile.embedding_bytes == size(model.model.embed_tokens)
+    assert profile.head_bytes == size(model.lm_head)
+    assert profile.norm_bytes == size(model.model.norm)
+    assert profile.tied is tied
+    assert profile.parameters == sum(item.numel() for item in model.parameters())
+    attention = model.model.layers[0].self_attn
+    assert profile.head_dim == attention.head_dim
+    assert profile.layers[0].kv_bytes_per_token == ITEM_BYTES[dtype] * (
+        attention.k_proj.out_features + attention.v_proj.out_features
+    )
+    # One stage holds a tied matrix once, two stages hold it on both ends.
+    whole = sum(layer.weight_bytes for layer in profile.layers) + profile.ends_bytes(0, 3)
+    assert whole == size(model)
+    split = profile.ends_bytes(0, 1) + profile.ends_bytes(1, 2) + profile.ends_bytes(2, 3)
+    assert split == profile.embedding_bytes + profile.norm_bytes + profile.head_bytes
+
+
+@pytest.mark.parametrize(("family", "extra"), FAMILIES[:8])
+def test_arithmetic_and_replication_follow_the_linears(
+    family: str, extra: dict[str, object]
+) -> None:
+    config = AutoConfig.for_model(family, **{**BASE, **extra})
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(config).model.layers[0]
+    profile = profile_model(config.to_dict(), "float32").layers[0]
+    linears = sum(size(module) for module in layer.modules() if isinstance(module, torch.nn.Linear))
+    assert profile.flops_per_token == 2 * linears // 4
+    assert profile.replicated_bytes == size(layer) - linears
+    assert profile.active_bytes == profile.weight_bytes
+
+
+def test_defaults_of_a_short_config_are_the_familys() -> None:
+    short = {**BASE, "model_type": "qwen3"}
+    assert profile_model(short, "float32").head_dim == 128
+    llama = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
+    profile = profile_model({**llama, "model_type": "llama"}, "float32")
+    assert profile.kv_heads == 8
+    assert profile.tied is False
+    with pytest.raises(ProfileError, match="num_key_value_heads"):
+        profile_model({**llama, "model_type": "mistral"}, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, .* found 'gpt2'"),
+        ({"model_type": None}, "found 'None'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"quantization_config": {"bits": 4}}, "unquantised"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "a divisor of 8 heads"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"model_type": "llama", "head_dim": None, "hidden_size": 65}, "a multiple of 8 heads"),
+        ({"vocab_size": 1.5}, "vocab_size"),
+    ],
+)
+def test_senseless_configs_are_refused(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ProfileError, match=reason):
+        profile_model({**CONFIG, **changes}, "float32")
+
+
+def test_unknown_dtypes_are_refused() -> None:
+    with pytest.raises(ProfileError, match="dtype: expected one of float32"):
+        profile_model(CONFIG, "int4")
