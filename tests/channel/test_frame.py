@@ -1,0 +1,249 @@
+"""Frames survive a round trip, and nothing else survives the decoder."""
+
+import contextlib
+import dataclasses
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from security.channel.frame import (
+    FrameError,
+    FrameLimits,
+    FrameMalformed,
+    FrameOutOfBounds,
+    FrameUnsupported,
+    SamplingParameters,
+    SequenceStep,
+    StepHeader,
+    StepResult,
+    decode_result,
+    decode_step,
+    encode_result,
+    encode_step,
+)
+
+LIMITS = FrameLimits(
+    max_sequences=4,
+    max_tokens=40,
+    max_context=64,
+    block_size=16,
+    cache_blocks=12,
+    hidden_size=3,
+    dtype="bfloat16",
+    vocabulary=100,
+)
+GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
+HEADER = StepHeader(
+    7,
+    (
+        SequenceStep(slot=2, start=15, count=3, blocks=(5, 0), sample=None),
+        SequenceStep(slot=0, start=32, count=1, blocks=(1, 11, 3), sample=GREEDY),
+    ),
+)
+
+
+def _message(header: StepHeader, limits: FrameLimits = LIMITS) -> bytes:
+    rows = bytes(range(256)) * 10
+    return (
+        encode_step(header, limits.dtype, limits.hidden_size)
+        + rows[: header.tokens * limits.hidden_size * 2]
+    )
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> StepHeader:
+    blocks = draw(st.permutations(range(LIMITS.cache_blocks)))
+    slots = draw(st.permutations(range(LIMITS.max_sequences)))
+    sequences = []
+    for slot in slots[: draw(st.integers(1, 4))]:
+        count = draw(st.integers(1, 10))
+        start = draw(st.integers(0, 48 - count))
+        table, blocks = blocks[: -(-(start + count) // 16)], blocks[-(-(start + count) // 16) :]
+        sample = draw(
+            st.none()
+            | st.builds(
+                SamplingParameters,
+                temperature=st.floats(0, 10),
+                top_p=st.floats(0, 1, exclude_min=True),
+                top_k=st.integers(0, LIMITS.vocabulary),
+                seed=st.integers(0, 2**64 - 1),
+            )
+        )
+        sequences.append(SequenceStep(slot, start, count, tuple(table), sample))
+    return StepHeader(draw(st.integers(0, 2**64 - 1)), tuple(sequences))
+
+
+@given(headers())
+def test_steps_round_trip(header: StepHeader) -> None:
+    message = _message(header)
+    decoded, rows = decode_step(message, LIMITS)
+    assert decoded == header
+    assert rows == message[len(message) - len(rows) :]
+    assert len(rows) == header.tokens * 6
+    assert len(message) <= LIMITS.max_step_bytes
+
+
+def test_rows_are_a_writable_aligned_view() -> None:
+    message = bytearray(_message(HEADER))
+    _, rows = decode_step(memoryview(message), LIMITS)
+    rows[0] ^= 0xFF
+    assert message[len(message) - len(rows)] == rows[0]
+    assert (len(message) - len(rows)) % 64 == 0
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 99), max_size=4))
+def test_results_round_trip(step: int, tokens: list[int]) -> None:
+    result = StepResult(step, tuple(tokens))
+    assert decode_result(encode_result(result), LIMITS) == result
+    assert len(encode_result(result)) <= LIMITS.max_result_bytes
+
+
+def _sequence(**changes: object) -> StepHeader:
+    return StepHeader(7, (dataclasses.replace(HEADER.sequences[1], **changes),))
+
+
+def _sample(**changes: object) -> StepHeader:
+    return _sequence(sample=dataclasses.replace(GREEDY, **changes))
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (StepHeader(7, ()), "sequences"),
+        (StepHeader(7, HEADER.sequences + HEADER.sequences), "twice"),
+        (StepHeader(7, (HEADER.sequences[0],) * 5), "sequences"),
+        (
+            StepHeader(7, (HEADER.sequences[0], dataclasses.replace(HEADER.sequences[1], slot=2))),
+            "slot 2 is named twice",
+        ),
+        (_sequence(slot=4), "slot"),
+        (_sequence(count=0), "count"),
+        (_sequence(count=41, start=0), "count"),
+        (_sequence(start=64, blocks=(0, 1, 2, 3, 4)), "start"),
+        (_sequence(start=2**32 - 1, count=1), "start"),
+        (_sequence(blocks=(1, 2)), "blocks of slot 0"),
+        (_sequence(blocks=(0, 1, 2, 3, 4)), "blocks of slot 0"),
+        (_sequence(blocks=()), "blocks"),
+        (_sequence(blocks=(1, 2, 12)), "block ids below 12"),
+        (_sequence(blocks=(1, 2, 1)), "named twice"),
+        (_sample(temperature=-0.1), "temperature"),
+        (_sample(temperature=float("nan")), "temperature"),
+        (_sample(temperature=float("inf")), "temperature"),
+        (_sample(top_p=0.0), "top_p"),
+        (_sample(top_p=1.1), "top_p"),
+        (_sample(top_p=float("nan")), "top_p"),
+        (_sample(top_k=101), "top_k"),
+        (
+            StepHeader(
+                7,
+                tuple(SequenceStep(slot, 0, 15, (slot,), None) for slot in range(3)),
+            ),
+            "tokens",
+        ),
+    ],
+)
+def test_out_of_bounds(header: StepHeader, reason: str) -> None:
+    with pytest.raises(FrameOutOfBounds, match=reason):
+        decode_step(_message(header), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"slot": -1}, {"start": 2**32}, {"blocks": (-1,)}, {"blocks": (2**32,)}]
+)
+def test_what_does_not_fit_is_not_encoded(changes: dict[str, object]) -> None:
+    with pytest.raises(FrameOutOfBounds):
+        encode_step(_sequence(**changes), "bfloat16", 3)
+    with pytest.raises(FrameOutOfBounds):
+        encode_result(StepResult(0, (-1,)))
+
+
+def test_length_must_match_exactly() -> None:
+    message = _message(HEADER)
+    for wrong in (message[:-1], message + b"\0"):
+        with pytest.raises(FrameMalformed, match="hidden states"):
+            decode_step(wrong, LIMITS)
+    result = encode_result(StepResult(1, (1, 2)))
+    for wrong in (result[:-1], result + b"\0"):
+        with pytest.raises(FrameMalformed):
+            decode_result(wrong, LIMITS)
+
+
+def test_every_truncation_is_refused() -> None:
+    message, result = _message(HEADER), encode_result(StepResult(1, (1, 2)))
+    for length in range(len(message)):
+        with pytest.raises(FrameError):
+            decode_step(message[:length], LIMITS)
+    for length in range(len(result)):
+        with pytest.raises(FrameError):
+            decode_result(result[:length], LIMITS)
+
+
+def test_other_version_dtype_size_and_kind_are_refused() -> None:
+    message = bytearray(_message(HEADER))
+    message[2] = 2
+    with pytest.raises(FrameUnsupported, match="version 1, found 2"):
+        decode_step(message, LIMITS)
+    with pytest.raises(FrameUnsupported, match="dtype float16, found bfloat16"):
+        decode_step(_message(HEADER), dataclasses.replace(LIMITS, dtype="float16"))
+    with pytest.raises(FrameOutOfBounds, match="hidden_size"):
+        decode_step(_message(HEADER), dataclasses.replace(LIMITS, hidden_size=4))
+    with pytest.raises(FrameMalformed, match="magic"):
+        decode_result(_message(HEADER), LIMITS)
+    with pytest.raises(FrameMalformed):
+        decode_step(encode_result(StepResult(1, (1,))) + bytes(64), LIMITS)
+    with pytest.raises(FrameUnsupported):
+        encode_step(HEADER, "int8", 3)
+    with pytest.raises(ValueError, match="int8"):
+        dataclasses.replace(LIMITS, dtype="int8")
+
+
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(FrameOutOfBounds, match="token id"):
+        decode_result(encode_result(StepResult(1, (100,))), LIMITS)
+    with pytest.raises(FrameOutOfBounds, match="tokens"):
+        decode_result(encode_result(StepResult(1, (1,) * 5)), LIMITS)
+
+
+def test_counts_that_contradict_each_other_are_refused() -> None:
+    message = bytearray(_message(HEADER))
+    # The first sequence's table length, then its sampled flag.
+    for offset, value in ((32 + 12, 3), (32 + 16, 1), (32 + 20 + 16, 0)):
+        changed = bytearray(message)
+        struct.pack_into("<I", changed, offset, value)
+        with pytest.raises(FrameError):
+            decode_step(changed, LIMITS)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=400))
+def test_random_bytes_only_raise_frame_errors(noise: bytes) -> None:
+    for start in (b"", _message(HEADER)[:4], _message(HEADER)[:32]):
+        with pytest.raises(FrameError):
+            decode_step(start + noise, LIMITS)
+    with contextlib.suppress(FrameError):
+        decode_result(encode_result(StepResult(1, ()))[:4] + noise, LIMITS)
+
+
+@settings(max_examples=500)
+@given(headers(), st.data())
+def test_mutations_are_refused_or_stay_within_limits(
+    header: StepHeader, data: st.DataObject
+) -> None:
+    message = bytearray(_message(header))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(len(message) - 1, 200)))
+        message[at] = data.draw(st.integers(0, 255))
+    try:
+        decoded, rows = decode_step(message, LIMITS)
+    except FrameError:
+        return
+    assert 0 < decoded.tokens <= LIMITS.max_tokens
+    assert len(rows) == decoded.tokens * 6
+    blocks = [block for sequence in decoded.sequences for block in sequence.blocks]
+    assert len(set(blocks)) == len(blocks)
+    assert all(block < LIMITS.cache_blocks for block in blocks)
+    for sequence in decoded.sequences:
+        assert sequence.slot < LIMITS.max_sequences
+        assert sequence.start + sequence.count <= min(64, 16 * len(sequence.blocks))
