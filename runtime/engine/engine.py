@@ -1,0 +1,336 @@
+"""The engine: turns requests into steps and results into text, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from runtime.engine.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelFailed,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
+from runtime.engine.request import Request, Sequence, Status
+from runtime.engine.runner import PipelineBroken, Recovery, StepRunner
+from runtime.engine.scheduler import EngineLimits, Scheduler, Step
+from runtime.engine.stream import Outbox, Post, TokenStream
+from runtime.engine.text import OutputText, TokenDecoder
+
+__all__ = ["Engine", "EngineStatus"]
+
+_log = logging.getLogger(__name__)
+
+_IDLE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A look at the engine from another thread: numbers of a moment.
+
+    Attributes:
+        ready: the pipeline is up and requests are taken.
+        failure: why the engine's thread ended by itself; empty while it has not. The process must
+            then be replaced.
+    """
+
+    ready: bool
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    failure: str = ""
+
+
+class Engine:
+    """Serves sequences over a `StepRunner`.
+
+    `submit` and the streams that it returns are used from one or more asyncio loops; everything
+    else happens in the engine's thread.
+
+    Args:
+        limits: from the plan template.
+        runner: the pipeline; only the engine's thread calls it.
+        decoder: turns token ids into text; called in the engine's thread.
+        step_deadline_s: longest wait for the oldest step in flight.
+        recovery: what happens when the pipeline breaks.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        runner: StepRunner,
+        decoder: TokenDecoder,
+        step_deadline_s: float,
+        recovery: Recovery | None = None,
+    ) -> None:
+        self.limits = limits
+        self._runner = runner
+        self._decoder = decoder
+        self._step_deadline_s = step_deadline_s
+        self._recovery = recovery or Recovery()
+        self._scheduler = Scheduler(limits, runner.depth, self._recovery)
+        self._in_flight: deque[Step] = deque()
+        self._posts: dict[Sequence, Post] = {}
+        self._outbox = Outbox()
+        self._up = False
+        self._outage_since: float | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        # Guards what submitters read and write: the number of sequences and whether any are taken.
+        self._lock = threading.Lock()
+        self._live = 0
+        self._arrivals = 0
+        self._closed: Unavailable | None = None
+        self._failure = ""
+
+    def start(self) -> None:
+        """Starts the thread; the recovery deadline counts for the first epoch, too."""
+        self._outage_since = time.monotonic()
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends the thread; every open request gets a retryable error.
+
+        Close the runner first: the thread may be waiting for a step.
+        """
+        self._stopping = True
+        self._commands.put(_nothing)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def status(self) -> EngineStatus:
+        """The numbers of this moment; any thread may ask."""
+        scheduler = self._scheduler
+        return EngineStatus(
+            ready=self._up and self._closed is None,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            free_blocks=scheduler.blocks.free,
+            total_blocks=scheduler.blocks.blocks,
+            failure=self._failure,
+        )
+
+    def check(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """The output tokens that a request gets: what it asks for, or all that is left.
+
+        Raises:
+            ContextLengthExceeded: the prompt alone, or with what was asked for, is too long.
+            InvalidRequest: no prompt, or no output.
+        """
+        limit = self.limits.max_length
+        if prompt_tokens < 1:
+            raise InvalidRequest("The prompt has no tokens; expected at least one.", "prompt")
+        if prompt_tokens >= limit:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens. However, your request has "
+                f"{prompt_tokens} input tokens. Please reduce the length of the input."
+            )
+        left = limit - prompt_tokens
+        if max_tokens is None:
+            return left
+        if max_tokens < 1:
+            raise InvalidRequest(
+                f"max_tokens: expected at least 1, found {max_tokens}.", "max_tokens"
+            )
+        if max_tokens > left:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the input, {max_tokens} "
+                "in the completion). Please reduce the length of the input or the completion."
+            )
+        return max_tokens
+
+    def submit(self, requests: Many[Request], post: Post | None = None) -> list[TokenStream]:
+        """Takes all of the requests or none; one stream each.
+
+        Args:
+            requests: what is asked for.
+            post: runs a function where the streams are read; by default the running loop.
+
+        Raises:
+            Overloaded: no room in the queue.
+            Unavailable: the pipeline is down for too long, or the engine is stopping.
+            InvalidRequest: a request that this engine can never serve.
+        """
+        for request in requests:
+            self.check(len(request.prompt), request.max_tokens)
+        room = self.limits.max_running + self.limits.max_waiting
+        if len(requests) > room:
+            raise InvalidRequest(
+                f"The request asks for {len(requests)} outputs; expected at most {room} at once."
+            )
+        receiver = post or asyncio.get_running_loop().call_soon_threadsafe
+        with self._lock:
+            if self._closed is not None:
+                raise Unavailable(self._closed.message, code=self._closed.code)
+            if self._live + len(requests) > room:
+                raise Overloaded(
+                    f"The queue is full: {self._live} outputs are being served or waiting, at most "
+                    f"{room} may. Retry later."
+                )
+            self._live += len(requests)
+            return [self._enqueue(request, receiver) for request in requests]
+
+    def _enqueue(self, request: Request, post: Post) -> TokenStream:
+        stream = TokenStream(lambda: self._commands.put(lambda: self._cancel(sequence)))
+        text = OutputText(self._decoder, request.stop)
+        sequence = Sequence(self._arrivals, request, text, stream.put)
+        self._arrivals += 1
+        self._commands.put(lambda: self._add(sequence, post))
+        return stream
+
+    # Everything below runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.turn()
+            self._close(Unavailable("The server is stopping. Retry later."))
+        except Exception as error:
+            # A fault of ours. Its text may hold a client's data and stays out of the log.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            self._failure = f"engine thread ended by {type(error).__name__}"
+            _log.critical("%s at\n%s", self._failure, where)
+            self._close(Unavailable("The server failed internally. Retry later.", code="internal"))
+
+    def turn(self) -> None:
+        """One turn of the main loop. For the engine's thread, and for tests that have none."""
+        self._take_commands()
+        if not self._up:
+            self._recover()
+            return
+        try:
+            while len(self._in_flight) < self._runner.depth and (step := self._schedule()):
+                self._runner.submit(step.header, step.token_ids)
+            if self._in_flight:
+                result = self._runner.result(self._step_deadline_s)
+                self._postprocess(self._in_flight.popleft(), result.step, result.tokens)
+        except PipelineBroken as broken:
+            self._lose(broken)
+        self._outbox.flush()
+
+    def _take_commands(self) -> None:
+        """Arrivals and cancellations; waits for some when there is nothing else to do."""
+        scheduler = self._scheduler
+        busy = self._in_flight or scheduler.waiting or scheduler.running or not self._up
+        try:
+            if not busy:
+                self._outage_since = None
+                self._commands.get(timeout=_IDLE_S)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _schedule(self) -> Step | None:
+        step = self._scheduler.schedule(len(self._in_flight))
+        if step is not None:
+            self._in_flight.append(step)
+        return step
+
+    def _postprocess(self, step: Step, number: int, tokens: tuple[int, ...]) -> None:
+        assert number == step.header.step, "the runner answers in order (runner.check_result)"
+        self._outage_since = None
+        self._scheduler.complete(step)
+        for sequence, token in zip(step.sampled, tokens, strict=True):
+            if not sequence.cancelled:
+                chunk = sequence.accept(token)
+                if chunk is not None:
+                    self._outbox.put(self._posts[sequence], sequence.sink, chunk)
+                if chunk is not None and chunk.finish is not None:
+                    self._end(sequence)
+        for sequence, _ in step.parts:
+            if sequence.cancelled:
+                self._end(sequence)
+
+    def _add(self, sequence: Sequence, post: Post) -> None:
+        self._posts[sequence] = post
+        self._scheduler.add(sequence)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if sequence.status is Status.ENDED:
+            return
+        sequence.cancelled = True
+        if not sequence.in_flight:
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        self._scheduler.end(sequence)
+        del self._posts[sequence]
+        with self._lock:
+            self._live -= 1
+
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
+        self._outbox.put(self._posts[sequence], sequence.sink, error)
+        self._end(sequence)
+
+    def _lose(self, broken: PipelineBroken) -> None:
+        """The pipeline broke: back to the queue with everything, outputs kept."""
+        _log.warning("pipeline broken: %s", broken)
+        self._up = False
+        suspects = [sequence for step in self._in_flight for sequence, _ in step.parts]
+        self._in_flight.clear()
+        self._scheduler.reset()
+        for sequence in suspects:
+            sequence.breaks += 1
+            if sequence.cancelled:
+                self._end(sequence)
+            elif sequence.breaks >= self._recovery.give_up_after:
+                self._fail(
+                    sequence,
+                    ModelFailed(
+                        f"The pipeline broke {sequence.breaks} times in a row while computing this "
+                        "request; it was given up."
+                    ),
+                )
+        self._give_up_if_late()
+
+    def _recover(self) -> None:
+        """Waits a little for an epoch; gives requests up after the recovery deadline."""
+        self._up = self._runner.wait_ready(self._recovery.poll_s)
+        if self._up:
+            with self._lock:
+                self._closed = None
+            _log.info("pipeline up")
+            return
+        self._give_up_if_late()
+
+    def _give_up_if_late(self) -> None:
+        if self._outage_since is None:
+            self._outage_since = time.monotonic()
+        if time.monotonic() - self._outage_since > self._recovery.deadline_s:
+            self._close(
+                Unavailable(
+                    "The pipeline has been down for more than "
+                    f"{self._recovery.deadline_s:g} s. Retry later."
+                )
+            )
+
+    def _close(self, reason: Unavailable) -> None:
+        """Refuses new requests and fails the open ones."""
+        with self._lock:
+            self._closed = reason
+        # Nothing enters the queue of commands any more; what is in it is still served.
+        while not self._commands.empty():
+            self._commands.get_nowait()()
+        self._in_flight.clear()
+        self._scheduler.reset()
+        for sequence in list(self._posts):
+            self._fail(sequence, reason)
+        self._outbox.flush()
+
+
+def _nothing() -> None:
+    """Wakes the thread."""

@@ -1,0 +1,126 @@
+"""A request for one output, and the sequence of tokens that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from runtime.engine.errors import RequestError
+from runtime.engine.text import OutputText
+from security.channel.frame import SamplingParameters
+
+__all__ = ["Chunk", "Event", "FinishReason", "Request", "Sequence", "Status"]
+
+
+class FinishReason(StrEnum):
+    """Why an output ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Status(StrEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: one output for one prompt.
+
+    Attributes:
+        prompt: token ids, at least one.
+        sampling: how tokens are drawn; the seed is already chosen.
+        max_tokens: most tokens of output, at least 1.
+        end_tokens: ids that end the output; counted, not shown.
+        stop: strings that end the output; not shown.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParameters
+    max_tokens: int
+    end_tokens: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """News of an output: text that became visible, output tokens so far, and whether it ended."""
+
+    text: str
+    tokens: int
+    finish: FinishReason | None = None
+
+
+Event = Chunk | RequestError
+
+
+class Sequence:
+    """The tokens of one request and what of them the stages hold. Belongs to the engine's thread.
+
+    Attributes:
+        arrival: number that orders sequences first come, first served.
+        output: tokens produced; only ever grows.
+        computed: positions whose keys and values are in the cache, the steps in flight excepted.
+        blocks: cache blocks owned, in order of position.
+        slot: name in every stage while running.
+        in_flight: whether a step with this sequence is in flight (never more than one).
+        breaks: breaks of the pipeline with this sequence in flight since its last token.
+        cancelled: nobody wants the rest.
+    """
+
+    def __init__(
+        self, arrival: int, request: Request, text: OutputText, sink: Callable[[Event], None]
+    ) -> None:
+        self.arrival = arrival
+        self.request = request
+        self.sink = sink
+        self.output: list[int] = []
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.slot: int | None = None
+        self.status = Status.WAITING
+        self.in_flight = False
+        self.breaks = 0
+        self.cancelled = False
+        self._text = text
+
+    @property
+    def length(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Positions to compute before the next token can be drawn."""
+        return self.length - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether one position is left: the token drawn last."""
+        return self.remaining == 1 and self.computed > 0
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Token ids at positions `[start, start + count)`."""
+        prompt = self.request.prompt
+        from_prompt = list(prompt[start : start + count])
+        begin = max(0, start - len(prompt))
+        return from_prompt + self.output[begin : begin + count - len(from_prompt)]
+
+    def accept(self, token: int) -> Chunk | None:
+        """Takes the next token; returns the news for the client, if there is any."""
+        self.output.append(token)
+        self.breaks = 0
+        ended = token in self.request.end_tokens
+        text = "" if ended else self._text.push(token)
+        if ended or self._text.stopped or len(self.output) == self.request.max_tokens:
+            if not self._text.stopped:
+                text += self._text.finish()
+            stopped = ended or self._text.stopped
+            finish = FinishReason.STOP if stopped else FinishReason.LENGTH
+            return Chunk(text, len(self.output), finish)
+        return Chunk(text, len(self.output)) if text else None

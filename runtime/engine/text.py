@@ -1,0 +1,102 @@
+"""From tokens to the text that a client may see: whole characters, stop strings withheld."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Detokenizer", "OutputText", "TokenDecoder"]
+
+REPLACEMENT = "\ufffd"
+# A character takes at most four byte tokens; a longer wait means that the bytes are no character.
+MAX_PENDING_TOKENS = 8
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of some tokens; special tokens have none."""
+        ...
+
+
+class Detokenizer:
+    """Decodes a growing list of tokens piece by piece.
+
+    A token's text depends on its neighbours (a leading space is dropped at the start, bytes of a
+    character may be spread over tokens), so each piece is the difference between decoding a short
+    window with and without the new tokens, given out once it does not end inside a character.
+    """
+
+    def __init__(self, decoder: TokenDecoder) -> None:
+        self._decoder = decoder
+        self._window: list[int] = []
+        self._window_text = ""
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._decoder.decode(self._window + self._pending)
+        if text.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING_TOKENS:
+            return ""
+        return self._give_out(text)
+
+    def flush(self) -> str:
+        """What is left at the end of the output; incomplete bytes show as U+FFFD."""
+        if not self._pending:
+            return ""
+        return self._give_out(self._decoder.decode(self._window + self._pending))
+
+    def _give_out(self, text: str) -> str:
+        piece = text[len(self._window_text) :]
+        self._window, self._pending = self._pending, []
+        self._window_text = self._decoder.decode(self._window)
+        return piece
+
+
+class OutputText:
+    """The visible text of one output.
+
+    Text that may be the beginning of a stop string is held back until it is known not to be. The
+    stop string and what follows it are never visible.
+    """
+
+    def __init__(self, decoder: TokenDecoder, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(decoder)
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that becomes visible with this token."""
+        return self._show(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """The text that becomes visible because nothing follows."""
+        shown = self._show(self._detokenizer.flush())
+        if self.stopped:
+            return shown
+        shown, self._held = shown + self._held, ""
+        return shown
+
+    def _show(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        hold = max(self._overlap(text, stop) for stop in self._stop)
+        cut = len(text) - hold
+        self._held = text[cut:]
+        return text[:cut]
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` with which `stop` begins."""
+        for length in range(min(len(text), len(stop) - 1), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0

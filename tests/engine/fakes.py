@@ -1,0 +1,197 @@
+"""A deterministic model over a paged cache that notices every mistake of the scheduler.
+
+The fake stage stores token ids at the cache positions that the step names, and draws the next token
+from a digest of what it reads back through the block table. A wrong block, a wrong position, a
+block shared by two sequences, a skipped or repeated chunk: each changes the output.
+"""
+
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Mapping
+
+from runtime.engine.engine import Engine
+from runtime.engine.request import Chunk, Request
+from runtime.engine.runner import PipelineBroken, check_result
+from runtime.engine.scheduler import EngineLimits
+from runtime.engine.stream import TokenStream
+from security.channel.frame import SamplingParameters, StepHeader, StepResult
+
+VOCABULARY = 128
+GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
+
+
+def next_token(tokens: list[int], sampling: SamplingParameters) -> int:
+    """The model: a token that depends on every token before it and on the sampling."""
+    text = struct.pack(f"<{len(tokens)}I", *tokens)
+    if sampling.temperature:
+        text += struct.pack("<ddIQ", *_values(sampling))
+    # Printable ASCII, so that fake text is easy to look at.
+    return 32 + hashlib.sha256(text).digest()[0] % 94
+
+
+def _values(sampling: SamplingParameters) -> tuple[float, float, int, int]:
+    return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
+
+
+def alone(request: Request) -> list[int]:
+    """What the model answers to a request that has the machine to itself."""
+    tokens = list(request.prompt)
+    while len(tokens) < len(request.prompt) + request.max_tokens:
+        tokens.append(next_token(tokens, request.sampling))
+        if tokens[-1] in request.end_tokens:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class FakeRunner:
+    """A pipeline in this process."""
+
+    def __init__(self, limits: EngineLimits, depth: int = 3) -> None:
+        self.limits = limits
+        self.depth = depth
+        self.up = False
+        self.may_come_up = True
+        self.poison: int | None = None
+        self.steps: list[StepHeader] = []
+        self.submitted = 0
+        self._flying: deque[tuple[StepHeader, tuple[int, ...], bool]] = deque()
+        self._cache: dict[tuple[int, int], int] = {}
+        self._break_next = False
+
+    def break_next(self) -> None:
+        self._break_next = True
+
+    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
+        self._fail_if_broken()
+        assert header.step == self.submitted
+        self.submitted += 1
+        self.steps.append(header)
+        assert len(self._flying) < self.depth
+        assert len(token_ids) == header.tokens <= self.limits.max_step_tokens
+        assert 0 < len(header.sequences) <= self.limits.max_sequences
+        flying = {s.slot for other, _, _ in self._flying for s in other.sequences}
+        slots = [s.slot for s in header.sequences]
+        assert len(set(slots)) == len(slots) and not flying & set(slots)
+        assert all(0 <= slot < self.limits.max_sequences for slot in slots)
+        blocks = [block for s in header.sequences for block in s.blocks]
+        assert len(set(blocks)) == len(blocks)
+        assert all(0 <= block < self.limits.cache_blocks for block in blocks)
+        flying_blocks = {
+            b for other, _, _ in self._flying for s in other.sequences for b in s.blocks
+        }
+        assert not flying_blocks & set(blocks)
+        drawn: list[int] = []
+        at = 0
+        size = self.limits.block_size
+        for s in header.sequences:
+            assert s.count > 0 and s.start + s.count <= self.limits.max_context
+            assert len(s.blocks) * size >= s.start + s.count
+            for position in range(s.start, s.start + s.count):
+                self._cache[s.blocks[position // size], position % size] = token_ids[at]
+                at += 1
+            if s.sample is not None:
+                seen = [
+                    self._cache[s.blocks[p // size], p % size] for p in range(s.start + s.count)
+                ]
+                drawn.append(next_token(seen, s.sample))
+        poisoned = self.poison is not None and self.poison in token_ids
+        self._flying.append((header, tuple(drawn), poisoned))
+
+    def result(self, timeout: float) -> StepResult:
+        self._fail_if_broken()
+        header, tokens, poisoned = self._flying.popleft()
+        if self._break_next or poisoned:
+            self._break_next = False
+            self.up = False
+            self._fail_if_broken()
+        result = StepResult(header.step, tokens)
+        check_result(header, result, self.limits.vocabulary)
+        return result
+
+    def wait_ready(self, timeout: float) -> bool:
+        if not self.up and self.may_come_up:
+            self.up = True
+            self.submitted = 0
+            self._flying.clear()
+            self._cache.clear()
+        return self.up
+
+    def _fail_if_broken(self) -> None:
+        if not self.up:
+            self._flying.clear()
+            self._cache.clear()
+            raise PipelineBroken("fake")
+
+
+class Characters:
+    """A tokenizer whose tokens are characters; 0 to 31 are special."""
+
+    vocabulary = VOCABULARY
+
+    def encode(self, text: str, max_tokens: int, special_tokens: bool) -> list[int]:
+        return ([1] if special_tokens else []) + [ord(c) % VOCABULARY for c in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(token) for token in token_ids if token >= 32)
+
+    def render(
+        self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None
+    ) -> str:
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+def limits(**changes: int) -> EngineLimits:
+    values = {
+        "max_sequences": 8,
+        "max_step_tokens": 16,
+        "max_context": 64,
+        "block_size": 4,
+        "cache_blocks": 16,
+        "vocabulary": VOCABULARY,
+        "max_waiting": 100,
+    }
+    return EngineLimits(**(values | changes))
+
+
+class Reader:
+    """Reads a stream without a loop."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self.stream = stream
+        self.chunks: list[Chunk] = []
+        self.error: Exception | None = None
+
+    def drain(self) -> None:
+        while self.stream._arrived.is_set():
+            coroutine = self.stream.next()
+            try:
+                coroutine.send(None)
+            except StopIteration as done:
+                self.chunks.append(done.value)
+            except Exception as error:
+                self.error = error
+                return
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or bool(self.chunks and self.chunks[-1].finish)
+
+
+def run_here(deliver):
+    deliver()
+
+
+def settle(engine: Engine, readers: list[Reader], turns: int = 5000) -> None:
+    """Runs the engine in this thread until all readers have their ends."""
+    for _ in range(turns):
+        if all(reader.ended for reader in readers):
+            return
+        engine.turn()
+        for reader in readers:
+            reader.drain()
+    raise AssertionError("the engine makes no progress")

@@ -1,0 +1,635 @@
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import openai
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from runtime.engine.defaults import GenerationDefaults, generation_defaults
+from runtime.engine.engine import Engine
+from runtime.engine.openai import OpenAIService
+from runtime.engine.runner import Recovery
+from runtime.engine.tokenizer import TokenizerError
+from tests.engine.fakes import VOCABULARY, Characters, FakeRunner, alone, limits
+from tests.engine.test_engine import request
+
+MODEL = "org/tiny"
+DEFAULTS = GenerationDefaults(1.0, 1.0, 0, frozenset({2}))
+
+
+class Bench:
+    """A service over the fake pipeline, with an engine thread of its own."""
+
+    def __init__(self, codec=None, down=False, **recovery):
+        bounds = limits(max_context=256, cache_blocks=128, max_sequences=8, max_waiting=24)
+        self.runner = FakeRunner(bounds)
+        self.runner.may_come_up = not down
+        self.engine = Engine(
+            bounds, self.runner, Characters(), 5.0, Recovery(**({"poll_s": 0.005} | recovery))
+        )
+        self.service = OpenAIService(
+            self.engine, codec or Characters(), DEFAULTS, MODEL, max_body_bytes=100_000
+        )
+
+    def __enter__(self):
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_):
+        self.service.close()
+        self.engine.stop()
+
+    async def call(self, path, body, method="POST", content_type="application/json"):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = await self.service.handle(method, path, content_type, content)
+        return response, b"".join([chunk async for chunk in response.chunks])
+
+    async def settled(self):
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            status = self.engine.status()
+            if status.free_blocks == status.total_blocks and self.engine._live == 0:
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError(f"not settled: {self.engine.status()}")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Bench() as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def client(bench):
+    async def endpoint(http):
+        response = await bench.service.handle(
+            http.method,
+            http.url.path,
+            http.headers.get("content-type", ""),
+            await http.body(),
+        )
+        return StreamingResponse(
+            response.chunks, status_code=response.status, media_type=response.content_type
+        )
+
+    methods = ["GET", "POST", "PUT", "DELETE"]
+    app = Starlette(routes=[Route("/{path:path}", endpoint, methods=methods)])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # the client may come before the server does
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as made:
+            yield made
+        server.should_exit = True
+        thread.join(10)
+
+
+def text_of(prompt, tokens, **fields):
+    asked = request(prompt, tokens, end_tokens=frozenset({2}), **fields)
+    return Characters().decode(alone(asked))
+
+
+def chat_prompt(content):
+    return Characters().render([{"role": "user", "content": content}])
+
+
+# With the official client, unchanged.
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "bulkhead"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_completion(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="abc", max_tokens=10, temperature=0, user="me"
+    )
+    assert answer.choices[0].text == text_of("\x01abc", 10)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert abs(answer.created - time.time()) < 60
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 10, 14)
+
+
+def test_completion_defaults_to_sixteen_tokens(client):
+    answer = client.completions.create(model=MODEL, prompt="abc", temperature=0)
+    assert answer.usage.completion_tokens == 16
+
+
+def test_batches_of_prompts_and_choices(client):
+    answer = client.completions.create(
+        model=MODEL, prompt=["ab", "cd"], n=2, max_tokens=5, temperature=0
+    )
+    assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+    expected = [text_of("\x01ab", 5)] * 2 + [text_of("\x01cd", 5)] * 2
+    assert [c.text for c in answer.choices] == expected
+    assert answer.usage.prompt_tokens == 6 and answer.usage.completion_tokens == 20
+    ids = client.completions.create(model=MODEL, prompt=[[97, 98]], max_tokens=5, temperature=0)
+    assert ids.choices[0].text == text_of("ab", 5)
+    flat = client.completions.create(model=MODEL, prompt=[97, 98], max_tokens=5, temperature=0)
+    assert flat.choices[0].text == text_of("ab", 5)
+
+
+def test_streamed_completion(client):
+    stream = client.completions.create(
+        model=MODEL,
+        prompt=["ab", "cd"],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    events = list(stream)
+    texts = ["", ""]
+    finishes = []
+    for event in events[:-1]:
+        assert event.usage is None
+        texts[event.choices[0].index] += event.choices[0].text
+        finishes.append(event.choices[0].finish_reason)
+    assert texts == [text_of("\x01ab", 12), text_of("\x01cd", 12)]
+    assert finishes.count("length") == 2
+    assert events[-1].choices == [] and events[-1].usage.completion_tokens == 24
+
+
+def test_chat(client):
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        max_completion_tokens=9,
+        temperature=0,
+        metadata={"a": "b"},
+        logprobs=False,
+        tools=openai.omit,
+    )
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == text_of(chat_prompt("hi"), 9)
+    assert answer.usage.prompt_tokens == len(chat_prompt("hi"))
+
+
+def test_streamed_chat(client):
+    events = list(
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=9,
+            temperature=0,
+            stream=True,
+        )
+    )
+    first, *pieces, last = (event.choices[0] for event in events)
+    assert (first.delta.role, first.delta.content) == ("assistant", "")
+    assert "".join(p.delta.content for p in pieces) == text_of(chat_prompt("hi"), 9)
+    assert all(p.finish_reason is None for p in pieces)
+    assert last.finish_reason == "length" and last.delta.content is None
+    assert len({event.id for event in events}) == 1
+
+
+def test_chat_defaults_to_what_the_context_leaves(client):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hi"}], temperature=0
+    )
+    assert answer.usage.total_tokens == 256
+
+
+def test_stop_strings(client):
+    whole = text_of("\x01abc", 30)
+    stop = whole[5:8]
+    for stream in (False, True):
+        answer = client.completions.create(
+            model=MODEL, prompt="abc", max_tokens=30, temperature=0, stop=[stop], stream=stream
+        )
+        choices = [e.choices[0] for e in answer] if stream else answer.choices
+        assert "".join(c.text for c in choices) == whole[: whole.find(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_end_tokens_and_ignoring_them(client):
+    ids = alone(request("\x01abc", 30))
+    end = ids[6]
+    common = {"model": MODEL, "prompt": "abc", "max_tokens": 30, "temperature": 0}
+    answer = client.completions.create(**common, extra_body={"stop_token_ids": [end]})
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == ids.index(end) + 1
+    assert answer.choices[0].text == Characters().decode(ids[: ids.index(end)])
+    answer = client.completions.create(**common, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 30
+
+
+def test_seeds(client):
+    def sample(**fields):
+        answer = client.completions.create(
+            model=MODEL, prompt="abc", max_tokens=20, n=2, temperature=1.0, **fields
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert sample(seed=7) == sample(seed=7) != sample(seed=8)
+    assert sample() != sample()
+    assert len(set(sample(seed=7))) == 2
+    assert sample(seed=-1) == sample(seed=-1)
+
+
+def test_errors_as_the_client_sees_them(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="x" * 300)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x" * 200}], max_tokens=100
+        )
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "x"}],
+            response_format={"type": "json_object"},
+        )
+    assert caught.value.param == "response_format"
+
+
+def test_a_client_that_leaves_frees_its_slot(client, bench):
+    stream = client.completions.create(
+        model=MODEL, prompt="abc", max_tokens=250, temperature=0, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    asyncio.run(bench.settled())
+
+
+# Against the service itself.
+
+
+def chat_body(**fields):
+    return {"model": MODEL, "messages": [{"role": "user", "content": "secret"}]} | fields
+
+
+BAD = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "secret"}, "messages"),
+    ({"messages": ["secret"]}, "messages[0]"),
+    ({"messages": [{"role": "secret", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+        "messages[0].tool_calls",
+    ),
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"n": 0}, "n"),
+    ({"n": 1.5}, "n"),
+    ({"n": 1000}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": "1"}, "max_completion_tokens"),
+    ({"seed": "x"}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"presence_penalty": True}, "presence_penalty"),
+    ({"logit_bias": {"1": 2}}, "logit_bias"),
+    ({"user": 3}, "user"),
+    ({"metadata": "x"}, "metadata"),
+    ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"echo": True}, "echo"),
+    ({"frobnicate": 1}, "frobnicate"),
+    ({"hello secret": 1}, "(not a name)"),
+]
+
+
+async def _bad(bench, change, param):
+    response, content = await bench.call("/v1/chat/completions", chat_body(**change))
+    error = json.loads(content)["error"]
+    assert (response.status, error["param"]) == (400, param)
+    assert error["type"] == "invalid_request_error"
+    assert "secret" not in content.decode()
+
+
+@pytest.mark.parametrize(("change", "param"), BAD)
+def test_bad_chat_bodies_name_the_parameter(bench, change, param):
+    asyncio.run(_bad(bench, change, param))
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [VOCABULARY]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[1], 2]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", [1, "secret"]]}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "secret"}, "suffix"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_bad_completion_bodies_name_the_parameter(bench, change, param):
+    body = {"model": MODEL, "prompt": "secret"} | change
+    response, content = asyncio.run(bench.call("/v1/completions", body))
+    error = json.loads(content)["error"]
+    assert (response.status, error["param"]) == (400, param)
+    assert "secret" not in content.decode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logprobs": None, "tools": None, "response_format": None, "frequency_penalty": None},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "logit_bias": {}},
+        {"frequency_penalty": 0.0, "presence_penalty": 0, "parallel_tool_calls": True},
+        {"top_p": 0, "top_k": -1, "n": 1.0, "store": False, "service_tier": "auto"},
+        {"temperature": 1e-300, "top_k": 10**30, "stop": None, "seed": None, "user": None},
+        {"stop": "x", "safety_identifier": "x", "prompt_cache_key": "x"},
+    ],
+)
+def test_harmless_values_are_accepted(bench, change):
+    body = chat_body(max_tokens=2, **change)
+    response, content = asyncio.run(bench.call("/v1/chat/completions", body))
+    assert response.status == 200, content
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content_type", "body", "status"),
+    [
+        ("POST", "/v1/completions", "application/json", b"{secret", 400),
+        ("POST", "/v1/completions", "application/json", b"[]", 400),
+        ("POST", "/v1/completions", "application/json", b"", 400),
+        ("POST", "/v1/completions", "application/json", b"\xff\xfe", 400),
+        ("POST", "/v1/completions", "application/json", b'{"a":' * 5000, 400),
+        ("POST", "/v1/completions", "application/json", b"[" * 90_000, 400),
+        ("POST", "/v1/completions", "application/json", b'{"n": NaN}', 400),
+        ("POST", "/v1/completions", "application/json", b'{"n": ' + b"1" * 5000 + b"}", 400),
+        ("POST", "/v1/completions", "application/json", b" " * 100_001, 413),
+        ("POST", "/v1/completions", "text/plain", b"{}", 415),
+        ("GET", "/v1/completions", "", b"", 405),
+        ("POST", "/v1/models", "", b"", 405),
+        ("GET", "/v1/nothing", "", b"", 404),
+        ("GET", "/", "", b"", 404),
+        ("GET", "/v1/models/secret", "", b"", 404),
+    ],
+)
+def test_statuses(bench, method, path, content_type, body, status):
+    response, content = asyncio.run(bench.call(path, body, method, content_type))
+    assert response.status == status
+    assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+    assert b"secret" not in content
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
+    st.sampled_from(
+        [
+            "model",
+            "prompt",
+            "messages",
+            "n",
+            "stop",
+            "seed",
+            "stream",
+            "stream_options",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "tools",
+            "logprobs",
+            "metadata",
+            "chat_template_kwargs",
+            "stop_token_ids",
+            "best_of",
+        ]
+    ),
+    json_values,
+)
+def test_no_value_of_any_field_is_an_internal_error(bench, path, name, value):
+    body = {"model": MODEL, "max_tokens": 2}
+    body |= {"prompt": "x"} if path.endswith("v1/completions") else chat_body()
+    response, content = asyncio.run(bench.call(path, body | {name: value}))
+    assert response.status in (200, 400, 404), content
+
+
+def test_a_full_queue_is_refused_with_429(bench):
+    async def scenario():
+        held = await asyncio.gather(
+            *(
+                bench.service.handle(
+                    "POST",
+                    "/v1/completions",
+                    "application/json",
+                    json.dumps(
+                        {"model": MODEL, "prompt": "x", "n": 8, "max_tokens": 250, "stream": True}
+                    ).encode(),
+                )
+                for _ in range(5)
+            )
+        )
+        for response in held:
+            await response.chunks.aclose()
+        await bench.settled()
+        return [response.status for response in held]
+
+    assert sorted(asyncio.run(scenario())) == [200, 200, 200, 200, 429]
+
+
+@pytest.mark.parametrize("read", [0, 1, 3])
+def test_closing_the_chunks_aborts_the_request(bench, read):
+    async def scenario():
+        response = await bench.service.handle(
+            "POST",
+            "/v1/chat/completions",
+            "application/json",
+            json.dumps(chat_body(stream=True, n=3)).encode(),
+        )
+        for _ in range(read):
+            await anext(response.chunks)
+        await response.chunks.aclose()
+        await response.chunks.aclose()
+        await bench.settled()
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_handle_aborts_the_request():
+    with Bench(down=True) as bench:
+
+        async def scenario():
+            task = asyncio.ensure_future(bench.call("/v1/chat/completions", chat_body()))
+            for _ in range(1000):
+                if bench.engine.status().waiting:
+                    break
+                await asyncio.sleep(0.005)
+            assert bench.engine.status().waiting == 1
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await bench.settled()
+
+        asyncio.run(scenario())
+
+
+def test_an_outage_beyond_the_deadline_is_503_or_an_error_event():
+    with Bench(down=True, deadline_s=0.3) as bench:
+
+        async def scenario():
+            whole, streamed = await asyncio.gather(
+                bench.call("/v1/chat/completions", chat_body()),
+                bench.call("/v1/chat/completions", chat_body(stream=True)),
+            )
+            later = await bench.call("/v1/chat/completions", chat_body(stream=True))
+            return whole, streamed, later
+
+        whole, streamed, later = asyncio.run(scenario())
+    assert whole[0].status == 503
+    assert json.loads(whole[1])["error"]["code"] == "pipeline_unavailable"
+    assert streamed[0].status == 200
+    *_, last, empty = streamed[1].split(b"\n\n")
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "pipeline_unavailable"
+    assert empty == b"" and b"[DONE]" not in streamed[1]
+    assert later[0].status == 503
+
+
+def test_streams_pause_over_a_break_and_go_on(monkeypatch):
+    monkeypatch.setattr("runtime.engine.openai.KEEPALIVE_S", 0.02)
+    with Bench() as bench:
+
+        async def scenario():
+            body = {
+                "model": MODEL,
+                "prompt": "abc",
+                "max_tokens": 240,
+                "temperature": 0,
+                "stream": True,
+            }
+            content = json.dumps(body).encode()
+            response = await bench.service.handle("POST", "/v1/completions", "", content)
+            pieces = [await anext(response.chunks)]
+            bench.runner.may_come_up = False
+            bench.runner.break_next()
+            while b": waiting\n\n" not in pieces:
+                pieces.append(await anext(response.chunks))
+            bench.runner.may_come_up = True
+            pieces += [piece async for piece in response.chunks]
+            return b"".join(pieces)
+
+        content = asyncio.run(scenario())
+    events = [e for e in content.split(b"\n\n") if e.startswith(b"data: {")]
+    text = "".join(json.loads(e[6:])["choices"][0]["text"] for e in events)
+    assert text == text_of("\x01abc", 240)
+    assert content.endswith(b"data: [DONE]\n\n")
+
+
+def test_an_internal_error_says_nothing(caplog):
+    class Broken(Characters):
+        def render(self, messages, arguments=None):
+            raise ValueError(str(messages))
+
+    with Bench(Broken()) as bench:
+        response, content = asyncio.run(bench.call("/v1/chat/completions", chat_body()))
+    assert response.status == 500
+    assert b"secret" not in content and "secret" not in caplog.text
+    assert "ValueError" in caplog.text
+
+
+# Defaults of the model.
+
+
+def test_generation_defaults(caplog):
+    content = json.dumps(
+        {
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 20,
+            "do_sample": True,
+            "eos_token_id": [5, 6],
+            "repetition_penalty": 1.1,
+            "max_new_tokens": 99,
+        }
+    ).encode()
+    found = generation_defaults(content, b'{"eos_token_id": 9}', 7)
+    assert found == GenerationDefaults(0.6, 0.95, 20, frozenset({5, 6}), 99)
+    assert "repetition_penalty is not supported" in caplog.text
+
+
+def test_silence_means_openai_defaults(caplog):
+    assert generation_defaults(b"{}", None, None) == GenerationDefaults(1.0, 1.0, 0, frozenset())
+    assert generation_defaults(None, b'{"eos_token_id": 9}', None).end_tokens == {9}
+    assert generation_defaults(None, None, 3).end_tokens == {3}
+    assert not caplog.text
+
+
+def test_do_sample_false_means_greedy():
+    assert (
+        generation_defaults(b'{"do_sample": false, "temperature": 0.6}', None, 1).temperature == 0
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{",
+        b'{"temperature": "x"}',
+        b'{"top_p": 2}',
+        b'{"eos_token_id": "x"}',
+        b'{"top_k": 1.5}',
+    ],
+)
+def test_generation_configs_that_make_no_sense(content):
+    with pytest.raises(TokenizerError):
+        generation_defaults(content, None, None)

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from runtime.engine.errors import ContextLengthExceeded, InvalidRequest
+from runtime.engine.text import MAX_PENDING_TOKENS, Detokenizer, OutputText
+from runtime.engine.tokenizer import Tokenizer, TokenizerError, read_tokenizer_files
+from security.manifest import ManifestMismatch, ModelFiles, build_manifest
+from tests.engine.fakes import Characters
+from tests.engine.models import byte_fallback, byte_level, files_of
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    makers = {"level": byte_level, "fallback": byte_fallback}
+    tokenizers = {
+        name: Tokenizer(files_of(make(), tmp_path_factory.mktemp(name)))
+        for name, make in makers.items()
+    }
+    yield tokenizers
+    for tokenizer in tokenizers.values():
+        tokenizer.close()
+
+
+def stream(tokenizer, ids):
+    detokenizer = Detokenizer(tokenizer)
+    return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+
+
+@pytest.mark.parametrize("kind", ["level", "fallback"])
+@pytest.mark.parametrize(
+    "text",
+    ["hello hello", "hello 你好 🙂🙂 x", "  two  spaces", "мир", "a\n\n b\t", "é" * 20, "\ufffdx"],
+)
+def test_streamed_text_is_the_text(loaded, kind, text):
+    tokenizer = loaded[kind]
+    ids = tokenizer.encode(text, 1000, special_tokens=False)
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 319), max_size=40))
+def test_any_tokens_stream_to_their_text(loaded, ids):
+    tokenizer = loaded["level"]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_bytes_that_are_no_character_are_not_waited_for(loaded):
+    tokenizer = loaded["fallback"]
+    bad = 3 + 0xFF
+    pieces = stream(tokenizer, [bad] * 30)
+    assert all(pieces[MAX_PENDING_TOKENS - 1 : 25 : MAX_PENDING_TOKENS])
+    assert len("".join(pieces)) == 30
+
+
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings_whatever_the_borders(text, stops):
+    output = OutputText(Characters(), tuple(stops))
+    shown = ""
+    for character in text:
+        shown += output.push(ord(character))
+        if output.stopped:
+            break
+    if not output.stopped:
+        shown += output.finish()
+    # One character at a time, the stop that is complete first wins.
+    ends = [(text.find(s) + len(s), -len(s)) for s in stops if s in text]
+    assert shown == (text if not ends else text[: min(ends)[0] + min(ends)[1]])
+    assert output.stopped == bool(ends)
+
+
+def test_only_what_may_become_a_stop_string_is_held_back():
+    output = OutputText(Characters(), ("END",))
+    assert [output.push(ord(c)) for c in "aEbEN."] == ["a", "", "Eb", "", "", "EN."]
+    assert output.push(ord("E")) == "" and output.finish() == "E"
+
+
+def test_encoding_is_that_of_transformers(loaded, tmp_path):
+    reference = byte_level()
+    for text in ("hello world", "<|user|>\nhi<|end|>", "你好"):
+        assert loaded["level"].encode(text, 99, special_tokens=False) == reference.encode(
+            text, add_special_tokens=False
+        )
+    assert loaded["level"].eos_token_id == reference.eos_token_id
+    assert loaded["level"].vocabulary == len(reference)
+
+
+def test_prompts_that_are_no_text_or_absurdly_long(loaded):
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        loaded["level"].encode("a\ud800b", 100, special_tokens=True)
+    with pytest.raises(ContextLengthExceeded):
+        loaded["level"].encode("a" * 10_000_000, 10, special_tokens=True)
+
+
+def test_special_tokens_have_no_text(loaded):
+    ids = loaded["level"].encode("hello<|end|>", 100, special_tokens=False)
+    assert loaded["level"].decode(ids) == "hello"
+
+
+def test_files_that_make_no_tokenizer():
+    with pytest.raises(TokenizerError, match="expected files of TOKENIZER_FILES"):
+        Tokenizer({"tokenizer.py": b""})
+    with pytest.raises(TokenizerError, match="transformers can load"):
+        Tokenizer({"tokenizer.json": b"{", "config.json": b"{}"})
+
+
+def test_a_tokenizer_that_needs_code_is_refused(tmp_path):
+    files = files_of(byte_level(), tmp_path)
+    files["tokenizer_config.json"] = (
+        b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+    )
+    try:
+        tokenizer = Tokenizer(files)
+    except TokenizerError:
+        return
+    # transformers may fall back to the files it knows; what matters is that no code ran.
+    assert type(tokenizer).__module__ == "runtime.engine.tokenizer"
+    tokenizer.close()
+
+
+def test_a_tokenizer_from_a_manifested_model(tmp_path):
+    expected = files_of(byte_level(), tmp_path)
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    manifest = build_manifest(tmp_path)
+    with ModelFiles(tmp_path, manifest) as files:
+        assert read_tokenizer_files(files) == expected
+    (tmp_path / "tokenizer.json").write_bytes(expected["tokenizer.json"] + b" ")
+    with ModelFiles(tmp_path, manifest) as files, pytest.raises(ManifestMismatch):
+        read_tokenizer_files(files)
