@@ -1,0 +1,84 @@
+"""What only the first and the last stage have: embedding, final norm, head and sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
+from runtime.stage.errors import StepRefused
+from runtime.stage.families import DecoderParts
+from runtime.stage.sampler import sample
+from runtime.stage.settings import StageSettings
+from security.channel.frame import StepHeader
+
+__all__ = ["Ends"]
+
+
+class Ends:
+    """The parts of the model outside its layers, as far as this stage has them.
+
+    Where the head is tied and the stage is first and last, both are one tensor.
+    """
+
+    def __init__(
+        self, checkpoint: StageCheckpoint, settings: StageSettings, progress: ProgressCount
+    ) -> None:
+        self._embedding: nn.Module | None = None
+        self._norm: nn.Module | None = None
+        self._head: nn.Module | None = None
+        self._vocabulary = int(checkpoint.parts.config.vocab_size)
+        if settings.is_first:
+            self._embedding = checkpoint.fill(DecoderParts.EMBEDDING)
+            progress.add(checkpoint.bytes_of([DecoderParts.EMBEDDING]))
+        if not settings.is_last:
+            return
+        self._norm = checkpoint.fill(DecoderParts.NORM)
+        progress.add(checkpoint.bytes_of([DecoderParts.NORM]))
+        if checkpoint.parts.tied and self._embedding is not None:
+            self._head = checkpoint.parts.part(DecoderParts.HEAD)
+            self._head.weight = self._embedding.weight
+        else:
+            self._head = checkpoint.fill(DecoderParts.HEAD)
+            progress.add(checkpoint.bytes_of([DecoderParts.HEAD]))
+
+    @staticmethod
+    def parts_of(checkpoint: StageCheckpoint, settings: StageSettings) -> list[str]:
+        """The parts whose tensors this stage reads."""
+        parts = [DecoderParts.EMBEDDING] if settings.is_first else []
+        if settings.is_last:
+            parts.append(DecoderParts.NORM)
+            if not (checkpoint.parts.tied and settings.is_first):
+                parts.append(DecoderParts.HEAD)
+        return parts
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Hidden states [T, D]. Raises StepRefused for an id outside the vocabulary."""
+        assert self._embedding is not None, "only the first stage embeds"
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
+            raise StepRefused(
+                f"token ids: expected 0 to {self._vocabulary - 1}, found one outside; "
+                "the tokenizer does not belong to this model"
+            )
+        hidden_TD: torch.Tensor = self._embedding(torch.tensor(list(token_ids)))
+        return hidden_TD
+
+    @torch.inference_mode()
+    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> tuple[int, ...]:
+        """One token id per sequence that asks for one, in the order of the header."""
+        assert self._norm is not None and self._head is not None, "only the last stage samples"
+        rows, parameters, positions = [], [], []
+        row = -1
+        for sequence in header.sequences:
+            row += sequence.count
+            if sequence.sample is not None:
+                rows.append(row)
+                parameters.append(sequence.sample)
+                positions.append(sequence.start + sequence.count)
+        if not rows:
+            return ()
+        logits_SV = self._head(self._norm(hidden_TD[torch.tensor(rows)])).float()
+        return tuple(sample(logits_SV, parameters, positions))

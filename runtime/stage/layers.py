@@ -1,0 +1,99 @@
+"""The decoder layers of a stage over their cache: what is computed in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from runtime.stage import attention
+from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
+from runtime.stage.kv_cache import PagedCache
+from runtime.stage.settings import StageSettings
+from security.channel.frame import StepHeader
+
+__all__ = ["LayerStack", "Layers"]
+
+
+class Layers(Protocol):
+    """Layers of a stage, in this process or on tensor-parallel ranks."""
+
+    def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, D] after the layers; writes the step's positions to the cache."""
+
+    def reset(self) -> None:
+        """Empties the cache."""
+
+    def close(self) -> None:
+        """Releases processes and memory; nothing may be called after it."""
+
+
+class LayerStack:
+    """The layers of a stage in this process.
+
+    Args:
+        checkpoint: of the model.
+        settings: of the stage.
+        progress: told what is read.
+        prepare: called with each layer as soon as its tensors are there, before the next is read;
+            what a layer's sharding frees is free before the next layer needs memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: StageCheckpoint,
+        settings: StageSettings,
+        progress: ProgressCount,
+        prepare: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        attention.register()
+        config = checkpoint.parts.config
+        config._attn_implementation = attention.NAME
+        indices = range(settings.first_layer, settings.last_layer)
+        self._layers: list[nn.Module] = []
+        for index in indices:
+            name = checkpoint.parts.layer_name(index)
+            layer = checkpoint.fill(name)
+            if prepare is not None:
+                prepare(layer)
+            self._layers.append(layer)
+            progress.add(checkpoint.bytes_of([name]))
+        self._rotary = checkpoint.parts.rotary()
+        head_size = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        self._cache = PagedCache(
+            indices,
+            blocks=settings.cache_blocks,
+            block_size=settings.block_size,
+            heads=config.num_key_value_heads // settings.tp,
+            head_size=head_size,
+            dtype=settings.torch_dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """See `Layers`."""
+        step = attention.PagedStep(self._cache, header)
+        hidden_1TD = hidden_TD[None]
+        rotation = self._rotary(hidden_1TD, position_ids=step.positions_1T)
+        for layer in self._layers:
+            hidden_1TD = layer(
+                hidden_1TD,
+                attention_mask=None,
+                position_ids=step.positions_1T,
+                position_embeddings=rotation,
+                paged_step=step,
+            )
+        return hidden_1TD[0]
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """See `Layers`."""
+        self._cache.clear()
+
+    def close(self) -> None:
+        """See `Layers`."""
+        self._layers.clear()
