@@ -43,7 +43,7 @@ _MAX_CUTS_TRIED = 16
 """Node sequences for which the cut points are fitted to memory, per number of stages."""
 
 
-class Infeasible(ValueError):  # noqa: N818 - a verdict, and the word of the field
+class Infeasible(ValueError):
     """No plan meets the policy on these nodes.
 
     Attributes:

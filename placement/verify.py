@@ -77,7 +77,7 @@ class Violation:
         return f"{self.code}: expected {self.expected}, found {self.found}"
 
 
-class PlanRejected(ValueError):  # noqa: N818 - a verdict, named as the broker reports it
+class PlanRejected(ValueError):
     """A template or a machine does not meet the policy.
 
     Attributes:

@@ -1,4 +1,3 @@
-# ruff: noqa: N818 - errors are named for the reason, as operators read it in the log
 """A client's requests and the head's answers, sealed past everything that relays them.
 
 A request is one HPKE message (RFC 9180, base mode, single shot) to the head's X25519 key from a

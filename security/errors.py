@@ -1,4 +1,3 @@
-# ruff: noqa: N818 - errors are named for the reason, as operators read it in the log
 """One hierarchy for everything that the security package refuses.
 
 Every error has a stable `code` that logs, gRPC replies and tests compare; messages are for people

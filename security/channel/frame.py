@@ -1,4 +1,3 @@
-# ruff: noqa: N818 - errors are named for the reason, as operators read it in the log
 """What stages say to each other in a step: versioned, bounded, little-endian binary frames.
 
 A *step frame* is a header (which sequences, which positions, which cache blocks, how to sample)

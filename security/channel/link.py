@@ -1,4 +1,3 @@
-# ruff: noqa: N818 - errors are named for the reason, as operators read it in the log
 """Encrypted, ordered, bounded messages between two shards over one TCP connection.
 
 What crosses the wire, in order:

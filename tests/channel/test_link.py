@@ -469,7 +469,7 @@ def test_a_stall_in_a_message_times_out(
     listener: LinkListener, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     monkeypatch.setattr(link_module, "_STALL_SECONDS", 0.7)
-    change: Change = lambda number, record: [record[:kept]] if number == 0 else []  # noqa: E731
+    change: Change = lambda number, record: [record[:kept]] if number == 0 else []
     with _relayed(listener, change) as (source, target, _):
         source.send([_content(100_000)])
         with pytest.raises(LinkTimeout):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import pickle  # noqa: TID251 - only to prove that policies survive a process border
+import pickle
 from pathlib import Path
 
 import pytest

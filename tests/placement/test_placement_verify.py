@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-import pickle  # noqa: TID251 - only to prove that errors survive a process border
+import pickle
 from dataclasses import replace
 
 import pytest

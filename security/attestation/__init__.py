@@ -1,0 +1,1 @@
+"""Evidence: made on the shard's machine (`collect`), verified by the broker (`appraise`)."""

@@ -1,0 +1,1 @@
+"""The key broker: rules (`key_broker`), network (`service`), and those who call it (`client`)."""
