@@ -582,10 +582,14 @@ class ModelFiles:
     """Reads a model's directory, handing out only bytes that match the signed manifest.
 
     Safe to use from several threads. Descriptors of weight files stay open until `close`.
+
+    Attributes:
+        directory: where the files are; whoever opens it for itself checks nothing.
+        manifest: the signed manifest.
     """
 
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
-        self._directory = model_dir
+        self.directory = model_dir
         self._files = {file.name: file for file in manifest.files}
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
         self._open: dict[str, _OpenFile] = {}
@@ -626,7 +630,7 @@ class ModelFiles:
                 f"{name[:200]!r}: expected a plain file of the manifest, found none such"
             )
         expected = self._files[name]
-        with _OpenFile(self._directory, name) as file:
+        with _OpenFile(self.directory, name) as file:
             if file.size != expected.size or file.size > MAX_PLAIN_FILE_BYTES:
                 raise ManifestMismatch(name, f"{expected.size} bytes", f"{file.size}")
             content = bytes(file.read(0, file.size))
@@ -662,7 +666,7 @@ class ModelFiles:
         with self._lock:
             file = self._open.get(name)
             if file is None:
-                file = self._open[name] = _OpenFile(self._directory, name)
+                file = self._open[name] = _OpenFile(self.directory, name)
             return file
 
 

@@ -17,7 +17,7 @@ import struct
 import sys
 from collections.abc import Iterable
 from datetime import datetime
-from typing import IO, Any, ClassVar, cast
+from typing import IO, Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -63,7 +63,7 @@ class _PlainNamespace(Namespace):
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks the assistant's text: rendered as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno

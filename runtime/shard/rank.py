@@ -11,6 +11,7 @@ extension that it compiles at first use (g++ and ninja, about a minute); the res
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import fcntl
 import hashlib
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["extension_directory", "main"]
 
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 # Mapping the shared memory takes milliseconds, unless a peer has died in this very moment.
 MAPPING_TIMEOUT_S = 60
 PEER_TIMEOUT = timedelta(minutes=10)
@@ -51,6 +53,8 @@ PEER_TIMEOUT = timedelta(minutes=10)
 def main() -> None:
     """Runs one rank until its standard input closes. Never returns."""
     os.umask(0o077)
+    # A rank sees what its shard sees; core files are off by inheritance, this is lost at exec.
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     inbox: queue.SimpleQueue[tuple[Message, bytearray]] = queue.SimpleQueue()

@@ -434,7 +434,7 @@ class TensorParallelGroup:
             job = RankJob(
                 rank=rank,
                 settings=settings,
-                model_directory=str(files._directory),
+                model_directory=str(files.directory),
                 rendezvous=str(directory / "rendezvous"),
                 name=self._name,
             ).to_bytes()

@@ -1,0 +1,100 @@
+"""What the head shard adds to a stage: the engine, the OpenAI layer and the sealed ingress."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from placement.plan import PlanTemplate
+from runtime.engine.defaults import generation_defaults
+from runtime.engine.engine import Engine, EngineStatus
+from runtime.engine.openai import OpenAIService
+from runtime.engine.scheduler import EngineLimits
+from runtime.engine.tokenizer import Tokenizer, read_tokenizer_files
+from runtime.shard.pipeline import HeadRunner
+from security.envelope import EnvelopeServer
+from security.manifest import ModelFiles
+
+MAX_SEALED_BYTES = 16 << 20
+"""Longest sealed request: above the OpenAI layer's own limit, so that it can answer with 413."""
+
+GENERATION_CONFIG = "generation_config.json"
+CONFIG = "config.json"
+
+
+class Head:
+    """Engine and OpenAI layer of one head shard; they outlive epochs.
+
+    Args:
+        files: the verified model; tokenizer, chat template and defaults are read through it.
+        instance: pipeline instance, which sealed requests are bound to.
+        private_key: the shard's key, which requests are sealed to.
+    """
+
+    def __init__(
+        self,
+        template: PlanTemplate,
+        files: ModelFiles,
+        instance: str,
+        private_key: X25519PrivateKey,
+    ) -> None:
+        self.runner = HeadRunner(template)
+        self._tokenizer = Tokenizer(read_tokenizer_files(files))
+        limits = EngineLimits(
+            max_sequences=template.max_sequences,
+            max_step_tokens=template.max_step_tokens,
+            max_context=template.max_context,
+            block_size=template.block_size,
+            cache_blocks=template.cache_blocks,
+            vocabulary=template.vocabulary,
+        )
+        self._engine = Engine(
+            limits, self.runner, self._tokenizer, template.step_deadline_ms / 1000
+        )
+        generation = (
+            files.read_file(GENERATION_CONFIG) if files.has_file(GENERATION_CONFIG) else None
+        )
+        self._service = OpenAIService(
+            self._engine,
+            self._tokenizer,
+            generation_defaults(generation, files.read_file(CONFIG), self._tokenizer.eos_token_id),
+            template.model,
+        )
+        self._envelope = EnvelopeServer(private_key, instance)
+        self._engine.start()
+
+    @property
+    def failure(self) -> str:
+        """Why the engine ended by itself; empty while it has not."""
+        return self._engine.status().failure
+
+    def load(self) -> EngineStatus:
+        """How busy the engine is."""
+        return self._engine.status()
+
+    async def exchange(self, sealed: bytes) -> AsyncGenerator[bytes, None]:
+        """Answers one sealed request with sealed records.
+
+        Closing the generator aborts the request and frees its slot.
+
+        Raises:
+            EnvelopeError: the request is not sealed to this head, is old or was seen before.
+        """
+        request, sealer = self._envelope.open(sealed, MAX_SEALED_BYTES)
+        response = await self._service.handle(
+            request.method, request.path, request.content_type, request.body
+        )
+        try:
+            yield sealer.head(response.status, response.content_type)
+            async for chunk in response.chunks:
+                yield sealer.body(chunk)
+            yield sealer.end()
+        finally:
+            await response.chunks.aclose()
+
+    def close(self) -> None:
+        """Ends the engine; open requests get a retryable error."""
+        self._engine.stop()
+        self._service.close()
+        self._tokenizer.close()
