@@ -107,6 +107,14 @@ class HttpCarrier:
         except httpx.HTTPError as error:
             raise _unreachable(self._client, error) from None
 
+    async def ready(self, route: HeadRoute) -> bool:
+        """See `serving.relay.Carrier.ready`."""
+        try:
+            response = await self._client.get("/bulkhead/health")
+        except httpx.HTTPError as error:
+            raise _unreachable(self._client, error) from None
+        return response.status_code == httpx.codes.OK
+
 
 async def _read_bounded(response: httpx.Response, limit: int) -> bytes:
     content = bytearray()

@@ -7,7 +7,7 @@ client's local proxy (`serving.connect`), which reaches it through the deploymen
     sealed   POST /bulkhead/sealed     opaque both ways; the relay has no key
     both     GET /bulkhead/status      state, plan, weaknesses
              GET /bulkhead/roster      the signed documents that a client verifies by itself
-             GET /bulkhead/health      200 when the head answers, else 503
+             GET /bulkhead/health      200 when the head takes requests, else 503
 
 The policy decides which of the first two exist. A client that goes away cancels the exchange, and
 the head frees its slot.
@@ -48,6 +48,7 @@ MAX_ANSWER_BYTES = 64 << 20
 """Longest answer that is not a stream; it is collected before its first byte is sent."""
 
 RETRY_AFTER_S = 2
+HEALTH_TIMEOUT_S = 5.0
 EVENT_STREAM = "text/event-stream"
 
 _CHANNEL_OPTIONS = [
@@ -56,6 +57,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_SEALED_BYTES + 1024),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # gRPC 1.85 ignores the option above while this one, by default a minute, is longer.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
@@ -121,6 +124,9 @@ class Carrier(Protocol):
             RequestRefused: the head refused the sealed request as such.
         """
 
+    async def ready(self, route: HeadRoute) -> bool:
+        """Whether the head takes requests now; raises HeadUnavailable where nobody answers."""
+
 
 class GrpcCarrier:
     """Carries over gRPC straight to the head's ingress; channels are kept."""
@@ -151,6 +157,17 @@ class GrpcCarrier:
             raise HeadUnavailable(f"the head shard at {route.address}: cancelled") from None
         finally:
             call.cancel()
+
+    async def ready(self, route: HeadRoute) -> bool:
+        """See `Carrier.ready`."""
+        stub = control_pb2_grpc.IngressStub(self._channel_to(route.address))
+        try:
+            reply = await stub.Health(control_pb2.HealthRequest(), timeout=HEALTH_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise HeadUnavailable(
+                f"the head shard at {route.address}: {error.code().name.lower()}"
+            ) from None
+        return bool(reply.ready)
 
     def _channel_to(self, address: str) -> grpc.aio.Channel:
         # The old channel is left to its calls in flight; it closes when the last one lets it go.
@@ -293,10 +310,13 @@ class Relay:
 
     async def _health(self, request: Request) -> Response:
         try:
-            await self._directory.route()
+            route = await self._directory.route()
+            if await self._carrier.ready(route):
+                return JSONResponse({"ready": True})
         except HeadUnavailable as error:
+            self._directory.forget()
             return unavailable_response(str(error))
-        return JSONResponse({"ready": True})
+        return unavailable_response("the head shard has no epoch; it is starting or recovering")
 
     async def _not_found(self, request: Request) -> Response:
         return error_response(

@@ -39,6 +39,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 SIGN_OF_LIFE_S = 1.0
 FAILED_LINGER_S = 15.0
+# More are turned away by gRPC: each may hold a sealed request in memory.
+MAX_CONCURRENT_REQUESTS = 2048
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 MESSAGE_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_SEALED_BYTES + 1024),
@@ -173,7 +175,9 @@ class ShardServer(control_pb2_grpc.ShardControlServicer, control_pb2_grpc.Ingres
         spec = self._spec
 
         async def start() -> int:
-            server = grpc.aio.server(options=INGRESS_OPTIONS)
+            server = grpc.aio.server(
+                options=INGRESS_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_REQUESTS
+            )
             control_pb2_grpc.add_IngressServicer_to_server(self, server)
             port = server.add_insecure_port(f"{spec.listen_host}:0")
             await server.start()
@@ -217,11 +221,12 @@ class ShardServer(control_pb2_grpc.ShardControlServicer, control_pb2_grpc.Ingres
     async def Health(
         self, request: control_pb2.HealthRequest, context: Context
     ) -> control_pb2.HealthReply:
-        """Whether an epoch is up."""
+        """Whether an epoch is up and the engine works in it."""
         if self._shard is None or self._head is None:
             return control_pb2.HealthReply(ready=False)
         status = self._shard.status()
-        return control_pb2.HealthReply(ready=status.state == ShardState.SERVING, epoch=status.epoch)
+        ready = status.state == ShardState.SERVING and self._head.load().ready
+        return control_pb2.HealthReply(ready=ready, epoch=status.epoch)
 
     async def close(self) -> None:
         """Ends the ingress and the shard."""
