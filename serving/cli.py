@@ -240,7 +240,7 @@ def _add_deploy(commands: _Commands) -> None:
     parser.add_argument(
         "--log-directory",
         type=Path,
-        default=Path("/tmp/bulkhead-logs"),  # noqa: S108 - a fixed place, not a temporary file of ours
+        default=Path("~/.bulkhead/logs"),
         help="for shard logs, on the nodes (default: %(default)s)",
     )
     parser.add_argument("--down", action="store_true", help="end what runs, start nothing")

@@ -55,10 +55,11 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_send_message_length", MAX_SEALED_BYTES + 1024),
     ("grpc.max_receive_message_length", MAX_SEALED_BYTES + 1024),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A head that is cut off for less than this keeps its streams; one that died is noticed at once.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 45_000),
     # gRPC 1.85 ignores the option above while this one, by default a minute, is longer.
-    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 45_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]

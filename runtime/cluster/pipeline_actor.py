@@ -1,4 +1,4 @@
-"""The detached actor that owns one pipeline instance: placement group, shard actors, recovery.
+"""The detached actor that owns one pipeline instance: placement groups, shard actors, recovery.
 
 It is Ray's view of an instance and holds nothing secret: it says which process should run where.
 Which processes belong to the instance is decided by the key broker alone.
@@ -32,6 +32,7 @@ MAX_RETRY_S = 30.0
 NODE_LOSS_WAIT_S = 20.0
 NODE_CHECK_S = 5.0
 VIEW_TIMEOUT_S = 3.0
+RESERVE_CHECK_S = 5
 
 
 class PipelineSpec(TypedDict):
@@ -73,7 +74,6 @@ class _Slot:
         self.node = node
         self.node_name = node
         self.group: PlacementGroup | None = None
-        self.bundle = 0
         self.actor: ray.actor.ActorHandle | None = None
         self.view: ShardView | None = None
         self.error = ""
@@ -90,8 +90,9 @@ class PipelineActor:
         self._spec = spec
         self._template = PlanTemplate.from_bytes(spec["template"])
         self._policy = Policy.from_bytes(spec["policy"])
-        self._slots = [_Slot(role, node) for role, node in sorted(spec["binding"].items())]
-        self._groups: list[PlacementGroup] = []
+        self._slots = [
+            _Slot(role.name, spec["binding"][role.name]) for role in self._template.roles
+        ]
         self._reserved = 0
         self._stopping = asyncio.Event()
         self._restarts = 0
@@ -100,7 +101,8 @@ class PipelineActor:
         self._roster = b""
         self._known: Inventory | None = None
         # Ray calls this on the actor's loop. A restarted actor must not wait to be asked.
-        self._tasks = [asyncio.create_task(self._main())]
+        self._tasks = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
+        self._tasks.append(asyncio.create_task(self._follow()))
 
     async def start(self) -> None:
         """Returns when the actor is there; the instance comes up by itself."""
@@ -145,58 +147,40 @@ class PipelineActor:
             task.cancel()
         for actor in actors:
             ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
+        for slot in self._slots:
+            self._give_back(slot)
 
     # -- bringing up and keeping up ------------------------------------------------------------
 
-    async def _main(self) -> None:
-        while True:
-            try:
-                await self._reserve(self._slots)
-                break
-            except Exception as error:  # an instance is never given up
-                for slot in self._slots:
-                    slot.error = f"reserving its nodes: {type(error).__name__}: {error}"[:2000]
-                log.warning("%s", self._slots[0].error)
-            await asyncio.sleep(MAX_RETRY_S)
-        self._tasks += [asyncio.create_task(self._keep(slot)) for slot in self._slots]
-        self._tasks += [asyncio.create_task(self._follow())]
+    async def _reserve(self, slot: _Slot) -> None:
+        """Reserves the slot's memory on its node; returns when Ray has it, or the node is gone.
 
-    async def _reserve(self, slots: list[_Slot]) -> None:
-        """Reserves a bundle on its node for each slot, all in one placement group."""
+        Each role has a placement group of its own, of one bundle: Ray 2.60 matches the label
+        selectors of a group's bundles to the wrong bundles where their resources differ, and one
+        node that is missing would hold up the roles of all others.
+        """
         nodes = {node.id: node for node in (await self._inventory()).nodes}
-        bundles: list[dict[str, float]] = []
-        selectors: list[dict[str, str]] = []
-        for slot in slots:
-            role = self._template.role(slot.role)
-            node = nodes.get(slot.node)
-            slot.node_name = node.name if node is not None else slot.node
-            named = node is not None and "bulkhead.name" in node.labels
-            # A name outlives a restart of Ray on the machine, a node id does not.
-            selectors.append(
-                {"bulkhead.name": slot.node_name} if named else {"ray.io/node-id": slot.node}
-            )
-            bundles.append({"CPU": 0.01, "memory": float(role.memory_bytes)})
-        group = placement_group(
-            bundles, strategy="PACK", bundle_label_selector=selectors, name=self._group_name()
-        )
-        self._groups.append(group)
-        for index, slot in enumerate(slots):
-            slot.group, slot.bundle = group, index
-        while not self._stopping.is_set():
-            if await asyncio.to_thread(group.wait, 10):
-                return
-            present = {node.name for node in (await self._inventory()).nodes}
-            if len(slots) == 1 and slots[0].node_name not in present:
-                return  # lost as well: `_keep` looks for another
-            names = ", ".join(slot.node_name for slot in slots)
-            for slot in slots:
-                slot.error = f"waiting for Ray to reserve memory on {names}"
-
-    def _group_name(self) -> str:
+        node = nodes.get(slot.node)
+        if node is not None:
+            slot.node_name = node.name
+        named = node is not None and "bulkhead.name" in node.labels
+        # A name outlives a restart of Ray on the machine, a node id does not.
+        selector = {"bulkhead.name": slot.node_name} if named else {"ray.io/node-id": slot.node}
+        memory = float(self._template.role(slot.role).memory_bytes)
         self._reserved += 1
-        return f"bulkhead-{self._spec['instance']}-{self._reserved}"
+        slot.group = placement_group(
+            [{"CPU": 0.01, "memory": memory}],
+            bundle_label_selector=[selector],
+            name=f"bulkhead-{self._spec['instance']}-{slot.role}-{self._reserved}",
+        )
+        while not await asyncio.to_thread(slot.group.wait, RESERVE_CHECK_S):
+            present = {node.name for node in (await self._inventory()).nodes}
+            if self._stopping.is_set() or slot.node_name not in present:
+                return
+            slot.error = (
+                f"{slot.role}: waiting for Ray to reserve {memory / 2**20:.0f} MiB on "
+                f"{slot.node_name}; see what else holds memory there (`ray status`)"
+            )
 
     async def _inventory(self) -> Inventory:
         """The cluster's nodes; the last that could be read, while what Ray says makes no sense.
@@ -218,7 +202,10 @@ class PipelineActor:
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
-                await self._move_if_lost(slot)
+                if slot.group is not None:
+                    await self._move_if_lost(slot)
+                if slot.group is None:
+                    await self._reserve(slot)
                 end = await self._run_once(slot)
             except Exception as error:  # a role is never given up
                 end = ShardEnd(code="internal", reason=f"{type(error).__name__}: {error}"[:2000])
@@ -247,7 +234,7 @@ class PipelineActor:
                     num_cpus=0.01,
                     max_concurrency=8,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        placement_group=slot.group, placement_group_bundle_index=slot.bundle
+                        placement_group=slot.group, placement_group_bundle_index=0
                     ),
                 )
                 .remote(spec["instance"], slot.role, slot.node_name, spec["log_directory"])
@@ -300,16 +287,13 @@ class PipelineActor:
                 else:
                     slot.node = binding.nodes[slot.role]
                     self._give_back(slot)
-                    await self._reserve([slot])
                     return
             await asyncio.sleep(1)
 
     def _give_back(self, slot: _Slot) -> None:
-        """Removes the slot's placement group unless others have bundles in it."""
-        group = slot.group
-        if group is not None and all(s is slot or s.group is not group for s in self._slots):
-            remove_placement_group(group)
-            self._groups.remove(group)
+        """Gives the slot's memory back to Ray."""
+        if slot.group is not None:
+            remove_placement_group(slot.group)
             slot.group = None
 
     async def _follow(self) -> None:

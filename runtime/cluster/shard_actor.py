@@ -16,6 +16,7 @@ from typing import TypedDict
 
 import ray
 
+from placement.inventory import from_ray_nodes
 from runtime.shard import control_pb2
 from runtime.shard.launch import ShardProcess, ShardProcessError, ShardSpec, tail
 
@@ -54,17 +55,24 @@ def state_name(state: int) -> str:
     return name.removeprefix("SHARD_STATE_").lower()
 
 
+def node_name() -> str:
+    """Name of the node that this process is on, as the planner knows it."""
+    own = ray.get_runtime_context().get_node_id()
+    listed = [node for node in ray.nodes() if node["NodeID"] == own]
+    return from_ray_nodes(listed).nodes[0].name
+
+
 class ShardActor:
     """Starts one shard process on its node and follows it to its end.
 
     Args:
-        log_directory: where this node keeps shard logs; made if missing.
+        log_directory: where this node keeps shard logs; made if missing, `~` is this node's.
     """
 
     def __init__(self, instance: str, role: str, node: str, log_directory: str) -> None:
         self._role = role
         self._node = node
-        self._log = Path(log_directory) / instance / f"{role}.log"
+        self._log = Path(log_directory).expanduser() / instance / f"{role}.log"
         self._runtime = Path(tempfile.mkdtemp(prefix="bulkhead-"))
         self._process = ShardProcess(self._runtime, self._log)
         self._status = control_pb2.ShardStatus(state=control_pb2.SHARD_STATE_IDLE)
@@ -83,11 +91,15 @@ class ShardActor:
     ) -> ShardEnd:
         """Runs the shard until it ends; this call is Ray's sign that the shard lives."""
         host = ray.util.get_node_ip_address()
+        if (here := node_name()) != self._node:
+            return ShardEnd(
+                code="wrong_node", reason=f"expected to be on {self._node}, found {here}"
+            )
         spec = ShardSpec(
             instance=instance,
             role=self._role,
             node=self._node,
-            model_directory=model_directory,
+            model_directory=str(Path(model_directory).expanduser()),
             broker_address=broker_address,
             owner_public=owner_public,
             listen_host=host,

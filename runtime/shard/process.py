@@ -46,14 +46,14 @@ MESSAGE_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_SEALED_BYTES + 1024),
     ("grpc.max_send_message_length", MAX_SEALED_BYTES + 1024),
 ]
-# A relay that is cut off must not hold slots for ever.
+# A relay that is cut off must not hold slots for ever, nor lose its streams by a short cut.
 INGRESS_OPTIONS = [
     *MESSAGE_OPTIONS,
     ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 45_000),
     # Without it the line above waits for this one's default of a minute (see security.broker).
-    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 45_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
