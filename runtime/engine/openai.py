@@ -199,14 +199,12 @@ class OpenAIService:
         options, requests = await loop.run_in_executor(
             self._preparing, self._prepare_completion, body
         )
-        return await self._answer(
-            _Completions(self._model, options.include_usage), options, requests
-        )
+        return await self._answer(_Completions(self._model, options), options, requests)
 
     async def _chat(self, body: bytes) -> Response:
         loop = asyncio.get_running_loop()
         options, requests = await loop.run_in_executor(self._preparing, self._prepare_chat, body)
-        return await self._answer(_Chats(self._model, options.include_usage), options, requests)
+        return await self._answer(_Chats(self._model, options), options, requests)
 
     def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
@@ -258,7 +256,14 @@ class OpenAIService:
                     seed=(seed + len(requests)) % 2**64,
                 )
                 requests.append(
-                    Request(tuple(prompt), sampling, max_tokens, end_tokens, options.stop)
+                    Request(
+                        prompt=tuple(prompt),
+                        sampling=sampling,
+                        max_tokens=max_tokens,
+                        end_tokens=end_tokens,
+                        stop=options.stop,
+                        show_ids=options.return_token_ids,
+                    )
                 )
         return requests
 
@@ -307,9 +312,10 @@ class _Shape:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, include_usage: bool) -> None:
+    def __init__(self, model: str, options: Options) -> None:
         self._model = model
-        self._include_usage = include_usage
+        self._include_usage = options.include_usage
+        self._show_ids = options.return_token_ids
         self._id = f"{self.prefix}-{secrets.token_hex(16)}"
         self._created = int(time.time())
 
@@ -324,6 +330,10 @@ class _Shape:
     def choice(self, index: int, output: Chunk) -> Document:
         """A whole output."""
         raise NotImplementedError
+
+    def ids(self, chunk: Chunk) -> Document:
+        """The field with the tokens of a choice; none where the client did not ask."""
+        return {"token_ids": list(chunk.ids)} if self._show_ids else {}
 
     def whole(self, outputs: list[Chunk], usage: _Usage) -> Document:
         """The answer to a request that does not stream."""
@@ -371,6 +381,7 @@ class _Completions(_Shape):
             "text": output.text,
             "logprobs": None,
             "finish_reason": output.finish,
+            **self.ids(output),
         }
 
 
@@ -384,8 +395,8 @@ class _Chats(_Shape):
 
     def piece(self, index: int, chunk: Chunk) -> list[Document]:
         choices: list[Document] = []
-        if chunk.text:
-            choices.append(self._delta(index, {"content": chunk.text}, None))
+        if chunk.text or chunk.ids:
+            choices.append(self._delta(index, {"content": chunk.text}, None) | self.ids(chunk))
         if chunk.finish is not None:
             choices.append(self._delta(index, {}, chunk.finish))
         return choices
@@ -396,6 +407,7 @@ class _Chats(_Shape):
             "message": {"role": "assistant", "content": output.text, "refusal": None},
             "logprobs": None,
             "finish_reason": output.finish,
+            **self.ids(output),
         }
 
     @staticmethod
@@ -405,12 +417,10 @@ class _Chats(_Shape):
 
 async def _collect(stream: TokenStream) -> Chunk:
     """The whole output of a stream."""
-    texts: list[str] = []
-    while True:
-        chunk = await stream.next()
-        texts.append(chunk.text)
-        if chunk.finish is not None:
-            return Chunk("".join(texts), chunk.tokens, chunk.finish)
+    output = Chunk("", 0)
+    while output.finish is None:
+        output = output.followed_by(await stream.next())
+    return output
 
 
 async def _events(

@@ -111,6 +111,7 @@ class Options:
         stop: strings that end an output.
         stop_token_ids: ids that end an output (an extension, as in vLLM).
         ignore_eos: whether the model's end tokens are ordinary ones (an extension, as in vLLM).
+        return_token_ids: whether choices say their `token_ids` (an extension, as in vLLM).
     """
 
     model: str
@@ -125,6 +126,7 @@ class Options:
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int]
     ignore_eos: bool
+    return_token_ids: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +308,7 @@ def _options(reader: _Reader, vocabulary: int, max_tokens: int | None) -> Option
         stop=_stop(reader.take("stop")),
         stop_token_ids=frozenset(_ids(reader.take("stop_token_ids"), vocabulary)),
         ignore_eos=reader.boolean("ignore_eos"),
+        return_token_ids=reader.boolean("return_token_ids"),
     )
     reader.inert(_INERT)
     return options

@@ -38,6 +38,7 @@ class Request:
         max_tokens: most tokens of output, at least 1.
         end_tokens: ids that end the output; counted, not shown.
         stop: strings that end the output; not shown.
+        show_ids: whether the news of the output holds token ids, too.
     """
 
     prompt: tuple[int, ...]
@@ -45,15 +46,24 @@ class Request:
     max_tokens: int
     end_tokens: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    show_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """News of an output: text that became visible, output tokens so far, and whether it ended."""
+    """News of an output: text that became visible, output tokens so far, and whether it ended.
+
+    `ids` are the tokens since the last chunk, end tokens included, where they were asked for.
+    """
 
     text: str
     tokens: int
     finish: FinishReason | None = None
+    ids: tuple[int, ...] = ()
+
+    def followed_by(self, later: Chunk) -> Chunk:
+        """Both in one."""
+        return Chunk(self.text + later.text, later.tokens, later.finish, self.ids + later.ids)
 
 
 Event = Chunk | RequestError
@@ -115,6 +125,7 @@ class Sequence:
         """Takes the next token; returns the news for the client, if there is any."""
         self.output.append(token)
         self.breaks = 0
+        ids = (token,) if self.request.show_ids else ()
         ended = token in self.request.end_tokens
         text = "" if ended else self._text.push(token)
         if ended or self._text.stopped or len(self.output) == self.request.max_tokens:
@@ -122,5 +133,5 @@ class Sequence:
                 text += self._text.finish()
             stopped = ended or self._text.stopped
             finish = FinishReason.STOP if stopped else FinishReason.LENGTH
-            return Chunk(text, len(self.output), finish)
-        return Chunk(text, len(self.output)) if text else None
+            return Chunk(text, len(self.output), finish, ids)
+        return Chunk(text, len(self.output), None, ids) if text or ids else None

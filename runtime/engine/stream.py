@@ -41,7 +41,7 @@ class TokenStream:
         elif self._chunk is None:
             self._chunk = event
         else:
-            self._chunk = Chunk(self._chunk.text + event.text, event.tokens, event.finish)
+            self._chunk = self._chunk.followed_by(event)
         self._arrived.set()
 
     async def next(self) -> Chunk:

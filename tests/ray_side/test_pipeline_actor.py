@@ -106,6 +106,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def mapped(pid: int) -> str:
+    """The files that a process has mapped: shared libraries among them."""
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
 def object_store() -> bytes:
     """Everything that Ray's object store on this machine holds, freed objects included."""
     content = bytearray()
@@ -171,6 +176,12 @@ def test_serves_recovers_and_leaves_nothing(
             pids = {shard["pid"] for shard in view["shards"]}
             assert len(pids) == 3
             assert all(alive(pid) for pid in pids)
+            for pid in pids:
+                shard, worker = mapped(pid), mapped(psutil.Process(pid).ppid())
+                assert "libtorch" in shard
+                assert "_raylet" not in shard
+                assert "_raylet" in worker
+                assert "libtorch" not in worker
             log = ray.get(find_pipeline(INSTANCE).logs.remote("stage-1", 50))
             assert "serving" in log
             assert PROMPT not in log
