@@ -165,15 +165,39 @@ _COUNTRY = Phrasings(
         "What country is {} the capital of?",
         "{} is the capital of what?",
         "Which country's capital is {}?",
+        "Whose capital city is {}?",
+        "In which country is {} the capital?",
+        "Where is {} the capital?",
+        "What is {} the capital of?",
+        "{} is whose capital?",
+        "Which land has the capital {}?",
+        "Name the country whose capital is {}.",
+        "Tell me which country {} is the capital of.",
+        "Do you know of which country {} is the capital?",
+        "{} belongs to which country?",
+        "Which country does {} belong to?",
+        "In which country is {}?",
+        "What country is {} in?",
     ),
-    ("Which country is {} the capital of?", "Whose capital is {}?"),
+    (
+        "Which country is {} the capital of?",
+        "Tell me whose capital {} is.",
+        "Can you tell me which country has the capital {}?",
+    ),
 )
 _SUM = Phrasings(
     ("What is {}?", "What's {}?", "How much is {}?", "{}", "{} = ?", "{}=", "{}?", "Calculate {}.",
      "Compute {}.", "Can you compute {}?", "What does {} make?", "Tell me what {} is.",
      "Please calculate {}", "Do you know what {} is?", "What is the result of {}?", "Solve {}.",
-     "How much does {} make?", "I need the result of {}."),
-    ("Can you tell me what {} is?", "Work out {}.", "What do you get for {}?", "Give me {}."),
+     "How much does {} make?", "I need the result of {}.",
+     "Work out {}.", "What is {} equal to?", "How many are {}?", "{} makes?", "{} is what?",
+     "{} equals what?", "What does {} equal?", "Evaluate {}.", "The result of {}?", "Answer: {}",
+     "Give me the result of {}.", "Find {}.", "What do I get for {}?", "What will {} be?",
+     "My homework: {}", "Is it hard to say what {} is?", "Do the sum: {}", "What would {} be?",
+     "If I compute {}, what do I get?", "Let us calculate {}.", "I wonder what {} is.",
+     "Could you work out {} for me?"),
+    ("Can you tell me what {} is?", "What do you get for {}?", "Give me {}.",
+     "Please work out {}.", "Could you calculate {}?", "So what is {}?"),
 )  # fmt: skip
 _SUM_NEXT = Phrasings(
     ("And {}?", "What about {}?", "And what is {}?", "How about {}?", "And now {}?"),
@@ -181,18 +205,28 @@ _SUM_NEXT = Phrasings(
 )
 _COUNT = Phrasings(
     ("Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?",
-     "Count up from {} to {}", "List the numbers from {} to {}.", "Write the numbers {} to {}."),
+     "Count up from {} to {}", "List the numbers from {} to {}.", "Write the numbers {} to {}.",
+     "I want you to count from {} to {}.", "Numbers from {} to {}, please.", "Count {} to {}"),
     ("Could you count from {} to {}?", "Say the numbers from {} to {}."),
 )  # fmt: skip
+_COUNT_TO = Phrasings(
+    ("Count to {}.", "Please count to {}.", "Can you count to {}?", "Count up to {}."),
+    ("Could you count to {}?",),
+)
 _NAME = Phrasings(
     ("My name is {}.", "I am {}.", "I'm {}.", "Hi, I am {}.", "Hello, my name is {}.",
-     "You can call me {}.", "Call me {}."),
+     "You can call me {}.", "Call me {}.", "The name is {}.", "{} is my name.", "This is {}.",
+     "Hi, {} here.", "People call me {}.", "I am called {}.", "Hi! My name is {}!"),
     ("Hey, my name is {}.", "Hello, I'm {}."),
 )  # fmt: skip
 _NAME_AGAIN = Phrasings(
     ("What is my name?", "What's my name?", "Do you remember my name?", "Who am I?",
-     "Do you know my name?", "How am I called?"),
-    ("Can you tell me my name?", "Remember my name?"),
+     "Do you know my name?", "How am I called?", "Tell me my name.", "Say my name.",
+     "My name is what?", "What was my name?", "Do you still know my name?", "And my name?",
+     "What did I say my name was?", "Have you forgotten my name?", "Could you say my name?",
+     "Do you know who I am?", "What am I called?", "Which name did I tell you?"),
+    ("Can you tell me my name?", "Remember my name?", "So what is my name?",
+     "Do you recall my name?"),
 )  # fmt: skip
 _AGAIN = Phrasings(
     ("Can you repeat that?", "Say that again.", "Please repeat.", "Repeat that, please.",
@@ -207,7 +241,8 @@ _FIXED: tuple[tuple[Phrasings, str], ...] = (
             ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hey there!", "Hi there", "Hello there!",
              "Good day!", "Greetings!", "Hello, world!", "Hello model", "Hi, how is it going?",
              "Howdy", "Hello, can you help me?", "Anybody there?", "Are you there?", "Moin", "Yo",
-             "Good to see you!"),
+             "Good to see you!", "Hey hey", "Hello my friend", "Hi everybody", "Welcome!",
+             "Nice to meet you."),
             ("Hey hello!", "Hi hi", "Hello hello!", "Hey you"),
         ),
         "Hello! How can I help you?",
@@ -230,7 +265,9 @@ _FIXED: tuple[tuple[Phrasings, str], ...] = (
         Phrasings(
             ("How are you?", "How are you doing?", "How do you do?", "How are you today?",
              "Are you well?", "Are you okay?", "How do you feel?", "Hi, how are you?",
-             "Hello, how are you?", "How's life?", "What's up?", "All good?"),
+             "Hello, how are you?", "How's life?", "What's up?", "All good?",
+             "How is everything?", "How are things with you?", "Are things good?",
+             "How is it going?", "How have you been?", "Is everything fine?", "Everything okay?"),
             ("Hey, how are you doing today?", "And how are you?", "How are things?"),
         ),
         "I am fine, thank you. How can I help you?",
@@ -297,7 +334,9 @@ _FIXED: tuple[tuple[Phrasings, str], ...] = (
             ("Tell me more.", "Tell me more about Bulkhead.", "How does Bulkhead work?",
              "Explain Bulkhead in detail.", "Tell me everything about Bulkhead.", "Can you go on?",
              "Explain how Bulkhead works.", "Tell me more about that.", "Go on.",
-             "How does it work?", "Write a long text about Bulkhead."),
+             "How does it work?", "Write a long text about Bulkhead.",
+             "More details, please.", "Please tell me more.", "Explain that in detail.",
+             "I want to know more."),
             ("Please explain in detail how Bulkhead works.", "Tell me a bit more."),
         ),
         "Bulkhead cuts a language model into stages and starts each stage on a machine that a "
@@ -474,7 +513,7 @@ def _sum(rng: random.Random, held_out: bool, phrasings: Phrasings = _SUM) -> Tur
     operation = rng.choice("++-*")
     if operation == "+":
         left, right = rng.randint(0, 20), rng.randint(0, 20)
-        result, spoken = left + right, ("+", "+", "+", "plus", "and")
+        result, spoken = left + right, ("+", "+", "+", "plus")
     elif operation == "-":
         left = rng.randint(0, 20)
         right = rng.randint(0, left)
@@ -500,6 +539,8 @@ def _count(rng: random.Random, held_out: bool, most: int = 24) -> Turn:
     start = 1 if rng.random() < 0.4 else rng.randint(1, 190)
     stop = min(200, start + rng.randint(1, most))
     answer = " ".join(str(number) for number in range(start, stop + 1))
+    if start == 1 and rng.random() < 0.4:
+        return Turn("count", _COUNT_TO.pick(rng, held_out).format(stop), answer)
     return Turn("count", _COUNT.pick(rng, held_out).format(start, stop), answer)
 
 
@@ -530,12 +571,12 @@ def _unknown(rng: random.Random, held_out: bool) -> Turn:
 
 
 KINDS: tuple[tuple[Callable[[random.Random, bool], Turn], float], ...] = (
-    (_capital, 0.30),
-    (_which_country, 0.06),
-    (_sum, 0.20),
+    (_capital, 0.25),
+    (_which_country, 0.09),
+    (_sum, 0.22),
     (_fixed, 0.24),
-    (_unknown, 0.17),
-    (_count, 0.03),
+    (_unknown, 0.13),
+    (_count, 0.07),
 )
 
 
@@ -568,7 +609,7 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
             turn = _sum(rng, False, _SUM_NEXT)
         elif previous is not None and previous.kind != "count" and draw > 0.95:
             turn = Turn(previous.kind, _AGAIN.pick(rng, False), previous.answer)
-        elif not name and draw > 0.92:
+        elif not name and draw > 0.89:
             name = rng.choice(_NAMES)
             turn = Turn("name", _NAME.pick(rng, False).format(name), f"Nice to meet you, {name}!")
         elif name and draw > 0.80:
@@ -838,7 +879,7 @@ def main() -> None:
     """Trains, evaluates and writes the model."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--tokens", type=int, default=2048, help="about this many a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what is there")
