@@ -254,6 +254,12 @@ class ManifestDigestMismatch(BrokerRefusal):
     code = "template_other_manifest"
 
 
+class EnrolmentsForOtherTemplate(BrokerRefusal):
+    """The enrolments were signed with another template, so they may be an older list."""
+
+    code = "enrolments_other_template"
+
+
 class TemplateRejected(BrokerRefusal):
     """The template breaks its policy."""
 

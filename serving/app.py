@@ -62,7 +62,11 @@ class ActorDirectory:
         if self._route is None or self._routed_from != view["roster"]:
             try:
                 self._route = route_of(
-                    view["roster"], self._instance, self._owner_public, int(time.time())
+                    view["roster"],
+                    self._instance,
+                    self._owner_public,
+                    int(time.time()),
+                    self._route,
                 )
             except SecurityError as error:
                 raise HeadUnavailable(f"roster refused: {error.code}: {error}") from None
@@ -87,7 +91,13 @@ class ActorDirectory:
         except HeadUnavailable as error:
             return {"state": "unreachable", "instance": self._instance, "error": str(error)}
         shown: dict[str, object] = {name: value for name, value in view.items() if name != "roster"}
-        shown["warnings"] = list(weakness_warnings(view["weaknesses"]))
+        try:
+            # What is in force is what the owner signed, not what Ray's side says.
+            weaknesses = list((await self.route()).weaknesses)
+        except HeadUnavailable:
+            weaknesses = view["weaknesses"]
+        shown["weaknesses"] = weaknesses
+        shown["warnings"] = list(weakness_warnings(weaknesses))
         return shown
 
     async def _current(self) -> PipelineView:

@@ -400,7 +400,10 @@ def _chat(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     with make_client(endpoint) as client:
-        model = arguments.model or first_model(client)
+        # Asked in any case: an endpoint that takes sealed requests only must refuse before the
+        # first prompt is on its way.
+        served = first_model(client)
+        model = arguments.model or served
         converse(client, model, arguments.max_tokens, read, write)
     return 0
 
@@ -479,8 +482,8 @@ def _add_connect(commands: _Commands) -> None:
         "a local OpenAI endpoint that seals prompts to the head shard",
         about="""
         Listens on this machine only, verifies the deployment's roster against the owner's public
-        key, and seals every request to the attested head shard; relay, Ray and the network see
-        bytes. Point any OpenAI client at the printed URL.
+        key, and seals every request to the head shard's key; relay, Ray and the network see bytes.
+        Prints every weakness that the policy accepts. Point any OpenAI client at the printed URL.
         """,
         example="""
         bulkhead connect --endpoint https://llm.example.com --owner-key owner.pub
@@ -504,8 +507,6 @@ def _connect(arguments: argparse.Namespace) -> int:
     home = Home(arguments.home)
     endpoint = arguments.endpoint or home.read_run_state().endpoint
     owner_public = load_public_key(arguments.owner_key or home.owner_public_path)
-    print(f"http://{DEFAULT_HOST}:{arguments.port}/v1 is sealed to {endpoint}; Ctrl-C ends it")
-    sys.stdout.flush()
     asyncio.run(
         serve_locally(endpoint, arguments.instance, owner_public, DEFAULT_HOST, arguments.port)
     )

@@ -50,7 +50,11 @@ class HttpDirectory:
                 public = await self.roster()
                 try:
                     self._route = route_of(
-                        public, self._instance, self._owner_public, int(time.time())
+                        public,
+                        self._instance,
+                        self._owner_public,
+                        int(time.time()),
+                        self._route,
                     )
                 except SecurityError as error:
                     raise HeadUnavailable(f"roster refused: {error.code}: {error}") from None
@@ -145,18 +149,23 @@ async def serve_locally(
 ) -> None:
     """Serves the local endpoint until it is stopped.
 
+    Says where it listens and every weakness in force once the roster has been verified.
+
     Raises:
         CommandError: the deployment cannot be reached, or its roster does not verify.
     """
     async with make_client(endpoint) as client:
         directory = HttpDirectory(client, instance, owner_public)
         try:
-            await directory.route()
+            route = await directory.route()
         except HeadUnavailable as error:
             raise CommandError(
                 f"{endpoint}: expected a deployment signed by the owner's key, found: {error}"
             ) from None
         relay = Relay(directory, HttpCarrier(client), frozenset(Ingress))
+        for text in weakness_warnings(route.weaknesses):
+            print(f"warning: {text}")
+        print(f"http://{host}:{port}/v1 is sealed to {endpoint}; Ctrl-C ends it", flush=True)
         configuration = uvicorn.Config(
             relay.application,
             host=host,

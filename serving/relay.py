@@ -88,6 +88,7 @@ class HeadRoute:
         epoch: epoch of the roster, as hex.
         ingress: how the policy lets prompts in.
         weaknesses: names of the weaknesses in force.
+        serial: the roster's serial, which only grows.
     """
 
     instance: str
@@ -96,6 +97,7 @@ class HeadRoute:
     epoch: str
     ingress: Ingress
     weaknesses: tuple[str, ...]
+    serial: int = 0
 
 
 class HeadDirectory(Protocol):

@@ -18,6 +18,7 @@ from placement.verify import Claims, RegionSource
 from security.attestation.evidence import REPORT_DATA_BYTES, Evidence
 from security.errors import (
     EnrolmentExpired,
+    EnrolmentsForOtherTemplate,
     EvidenceMalformed,
     EvidenceNotBound,
     EvidenceSignatureInvalid,
@@ -71,8 +72,13 @@ class Enrolments:
             "key and install the documents again"
         )
 
-    def to_bytes(self) -> bytes:
-        """The canonical encoding, which is what gets signed."""
+    def to_bytes(self, template_digest: str) -> bytes:
+        """The canonical encoding, which is what gets signed.
+
+        Args:
+            template_digest: SHA-256 (hex) of the template that they are signed with. An older list,
+                whose nodes may have been struck off since, does not fit a newer template.
+        """
         nodes: list[Mapping[str, Encodable]] = [
             {
                 "node": item.node,
@@ -82,18 +88,28 @@ class Enrolments:
             }
             for item in self.nodes
         ]
-        return encode({"format": _FORMAT, "nodes": nodes})
+        return encode({"format": _FORMAT, "template_digest": template_digest, "nodes": nodes})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Enrolments:
-        """Parses what `to_bytes` wrote; raises MalformedInput."""
+    def from_bytes(cls, data: bytes, template_digest: str) -> Enrolments:
+        """Parses what `to_bytes` wrote for the same template.
+
+        Raises:
+            MalformedInput, EnrolmentsForOtherTemplate
+        """
         try:
             reader = Fields.of(decode(data, _MAX_ENROLMENTS_BYTES), "enrolments")
             reader.text("format", 32, _FORMAT)
+            found = reader.digest("template_digest")
             nodes = tuple(_read_enrolment(item) for item in reader.sections("nodes", MAX_NODES))
             reader.finish()
         except DocumentError as error:
             raise MalformedInput(str(error)) from None
+        if found != template_digest:
+            raise EnrolmentsForOtherTemplate(
+                f"enrolments: expected a list signed with template {template_digest}, found "
+                f"one for {found}; sign and install them together"
+            )
         if len({item.node for item in nodes}) != len(nodes):
             raise MalformedInput("enrolments.nodes: expected each node once")
         return cls(nodes)

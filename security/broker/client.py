@@ -137,7 +137,11 @@ class VerifiedRoster:
 
 
 def open_roster_reply(
-    reply: bytes, owner_public: bytes, instance: str, now: int | None = None
+    reply: bytes,
+    owner_public: bytes,
+    instance: str,
+    now: int | None = None,
+    after_serial: int = 0,
 ) -> VerifiedRoster:
     """Verifies a serialised GetRosterReply from the owner's key alone.
 
@@ -146,6 +150,7 @@ def open_roster_reply(
         owner_public: the pinned key of the owner (32 bytes).
         instance: the instance that the caller wants to talk to.
         now: Unix time in seconds; the machine's clock if not given.
+        after_serial: rosters up to this serial are refused as out of date.
 
     Raises:
         SecurityError: a signature, digest, instance, expiry or role does not hold.
@@ -165,6 +170,7 @@ def open_roster_reply(
         policy_digest=policy_digest,
         manifest_digest=template.manifest_digest,
         roles=tuple(role.name for role in template.roles),
+        after_serial=after_serial,
     )
     roster = open_roster(
         message.roster, broker_key, expectation, int(time.time()) if now is None else now

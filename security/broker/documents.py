@@ -99,7 +99,9 @@ def sign_installation(
         template=sign("template", template.to_bytes(), owner_key).to_bytes(),
         manifest=sign("manifest", manifest.to_bytes(), owner_key).to_bytes(),
         enrolments=(
-            sign("enrolment", enrolments.to_bytes(), owner_key).to_bytes() if enrolments else b""
+            sign("enrolment", enrolments.to_bytes(template.digest), owner_key).to_bytes()
+            if enrolments
+            else b""
         ),
         certificate=sign_certificate(owner_key, broker_public).to_bytes(),
     )
@@ -162,8 +164,13 @@ def open_installation(installation: Installation, owner_public: bytes) -> OwnedD
     )
 
 
-def open_enrolments(document: bytes, owner_public: bytes) -> Enrolments:
-    """Checks the signed enrolments; none signed means none enrolled."""
+def open_enrolments(document: bytes, owner_public: bytes, template_digest: str) -> Enrolments:
+    """Checks the enrolments that were signed with a template; none signed means none enrolled.
+
+    Raises:
+        MalformedInput, WrongDocumentKind, SignatureInvalid, EnrolmentsForOtherTemplate
+    """
     if not document:
         return Enrolments()
-    return Enrolments.from_bytes(open_signed("enrolment", document, owner_public))
+    payload = open_signed("enrolment", document, owner_public)
+    return Enrolments.from_bytes(payload, template_digest)

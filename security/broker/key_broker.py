@@ -277,7 +277,9 @@ class KeyBroker:
 
     def _open(self, installation: Installation) -> tuple[OwnedDocuments, Enrolments]:
         documents = open_installation(installation, self._owner_public)
-        enrolments = open_enrolments(installation.enrolments, self._owner_public)
+        enrolments = open_enrolments(
+            installation.enrolments, self._owner_public, documents.template_digest
+        )
         if documents.broker_key != self.public_key:
             raise CertificateRefused(
                 f"certificate: expected this broker's key {self.public_key.hex()[:16]}..., found "
@@ -583,6 +585,9 @@ class KeyBroker:
         if not all(name in instance.members and name in instance.watchers for name in roles):
             return
         now = int(self._clock())
+        if now >= template.expires_at:
+            self._audit("refused", instance=instance.name, code=TemplateExpired.code)
+            return
         # Milliseconds keep the serial growing across restarts of the broker.
         self._serial = max(self._serial + 1, int(self._clock() * 1000))
         instance.roster = Roster(
@@ -596,7 +601,8 @@ class KeyBroker:
             entries=tuple(instance.members[name].entry for name in roles),
             weaknesses=template.weaknesses,
             issued_at=now,
-            expires_at=now + LIFETIME_S,
+            # What the owner signed bounds what the broker signs.
+            expires_at=min(now + LIFETIME_S, template.expires_at),
         )
         instance.needs_epoch = False
         instance.epoch_edition = instance.newest_edition = self._signed(instance.roster)
@@ -615,7 +621,7 @@ class KeyBroker:
         """
         with self._lock:
             _check_name("instance", instance)
-            installation, _ = self._current()
+            installation, documents = self._current()
             found = self._instances.get(instance)
             if found is None or found.roster is None:
                 raise NoRoster(
@@ -623,10 +629,12 @@ class KeyBroker:
                     "look at the shards' state"
                 )
             now = int(self._clock())
-            if now >= found.roster.expires_at - LIFETIME_S // 2:
+            latest = min(now + LIFETIME_S, documents.template.expires_at)
+            half_life = found.roster.issued_at + LIFETIME_S // 2
+            if now >= half_life and latest > found.roster.expires_at:
                 self._serial = max(self._serial + 1, int(self._clock() * 1000))
                 found.roster = replace(
-                    found.roster, serial=self._serial, issued_at=now, expires_at=now + LIFETIME_S
+                    found.roster, serial=self._serial, issued_at=now, expires_at=latest
                 )
                 found.newest_edition = self._signed(found.roster)
                 self._audit("renewed", instance=instance, epoch=found.roster.epoch.hex())

@@ -56,6 +56,8 @@ _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 _UNARY_THREADS = 16
+_MAX_CALLS = MAX_WATCHERS + 4 * _UNARY_THREADS
+"""Calls at one time; gRPC turns others away before it reads their messages."""
 _TICK_S = 1.0
 _MAX_REASON = 2000
 
@@ -108,7 +110,7 @@ def start_broker(listen: str, home: Path, owner_public: bytes) -> BrokerServer:
     """
     broker = KeyBroker(BrokerStore(home), owner_public)
     pool = ThreadPoolExecutor(MAX_WATCHERS + _UNARY_THREADS, thread_name_prefix="broker")
-    server = grpc.server(pool, options=_SERVER_OPTIONS)
+    server = grpc.server(pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
     servicer = _Servicer(broker)
     broker_pb2_grpc.add_KeyBrokerServicer_to_server(servicer, server)
     try:

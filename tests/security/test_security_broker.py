@@ -81,7 +81,8 @@ def test_documents_swapped_for_each_other(tmp_path: Path) -> None:
 
 def test_unsigned_enrolments(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
-    forged = sign("enrolment", Enrolments().to_bytes(), Ed25519PrivateKey.generate()).to_bytes()
+    payload = Enrolments().to_bytes(lab.template().digest)
+    forged = sign("enrolment", payload, Ed25519PrivateKey.generate()).to_bytes()
     with pytest.raises(errors.SignatureInvalid):
         lab.broker.install(replace(lab.installation(), enrolments=forged), "test")
 
@@ -413,9 +414,22 @@ def test_enrolled_node_for_an_attested_role(lab: Lab) -> None:
 
 def test_enrolments_round_trip() -> None:
     enrolments = Enrolments((Enrolment("n", b"k" * 32, None, 5),))
-    assert Enrolments.from_bytes(enrolments.to_bytes()) == enrolments
+    assert Enrolments.from_bytes(enrolments.to_bytes("1" * 64), "1" * 64) == enrolments
     with pytest.raises(errors.MalformedInput, match="once"):
-        Enrolments.from_bytes(Enrolments(enrolments.nodes * 2).to_bytes())
+        Enrolments.from_bytes(Enrolments(enrolments.nodes * 2).to_bytes("1" * 64), "1" * 64)
+
+
+def test_a_struck_off_node_cannot_come_back_with_an_older_list(tmp_path: Path) -> None:
+    lab = enrolled_lab(tmp_path)
+    older = lab.installation().enrolments
+    lab.enrolments = Enrolments()
+    newer = lab.installation(generation=2)
+    # Every document is the owner's; only whoever sits on the way has put them together.
+    with pytest.raises(errors.EnrolmentsForOtherTemplate):
+        lab.broker.install(replace(newer, enrolments=older), "test")
+    lab.broker.install(newer, "test")
+    collect = EnrolledCollector("node-a", NODE_KEY).collect
+    refused(lab, errors.NodeNotEnrolled, lab.request(collect=collect))
 
 
 # -- rosters and epochs ------------------------------------------------------------------------
@@ -583,3 +597,18 @@ def test_log_holds_no_secret(lab: Lab, caplog: pytest.LogCaptureFixture) -> None
     private = shard.key.private_bytes_raw()
     for secret in (shard.secret, private, (lab.home / "broker.key").read_bytes()[40:60]):
         assert secret.hex() not in text and repr(secret)[2:-1] not in text
+
+
+def test_no_roster_outlives_the_template(lab: Lab) -> None:
+    expiry = int(lab.clock.now) + LIFETIME_S
+    lab.install(generation=2, expires_at=expiry)
+    head, tail = lab.admit("stage-0"), lab.admit("stage-1")
+    watcher = lab.watch(head)
+    lab.watch(tail)
+    epoch = lab.opened(watcher.next(0)).epoch
+    lab.clock.now = expiry - 3600
+    assert lab.opened(lab.broker.roster("pipeline-0")[0]).expires_at == expiry
+    lab.clock.now = expiry
+    lab.broker.renew_epoch("pipeline-0", "stage-0", epoch, head.mac("renew", epoch), "test")
+    assert watcher.next(0) is None
+    assert lab.audit()[-1]["code"] == "template_expired"

@@ -24,6 +24,7 @@ from placement.policy import parse_policy
 from security import errors
 from security.attestation.enrolled import Enrolment, Enrolments
 from security.attestation.simulated import SimulatedCollector
+from security.broker import service
 from security.broker.client import (
     BrokerClient,
     Challenge,
@@ -36,6 +37,7 @@ from security.broker.service import start_broker
 from security.manifest import build_manifest, observe_manifest
 from security.roster import Roster
 from security.signing import create_key_file, public_bytes
+from serving.rosters import route_of
 
 
 class Relay:
@@ -232,6 +234,36 @@ def test_roster_reply_is_verified_from_the_owner_key(site: Site) -> None:
         open_roster_reply(reply, site.owner_public, "pipeline-0", int(time.time()) + 25 * 3600)
     with pytest.raises(errors.MalformedInput):
         open_roster_reply(b"\xff\xff", site.owner_public, "pipeline-0")
+
+
+def test_a_client_is_not_led_back_to_an_older_roster(site: Site) -> None:
+    feeds = [Feed(site.join(role)[1]) for role in ("stage-0", "stage-1")]
+    feeds[0].wait(1)
+    older = site.client().get_roster("pipeline-0")
+    now = int(time.time())
+    first = route_of(older, "pipeline-0", site.owner_public, now)
+    assert route_of(older, "pipeline-0", site.owner_public, now, first) == first
+    feeds.append(Feed(site.join("stage-0")[1]))  # the head is replaced
+    feeds[2].wait(1)
+    newer = site.client().get_roster("pipeline-0")
+    second = route_of(newer, "pipeline-0", site.owner_public, now, first)
+    assert second.shard_key != first.shard_key
+    with pytest.raises(errors.RosterOutOfDate):
+        route_of(older, "pipeline-0", site.owner_public, now, second)
+
+
+def test_calls_at_one_time_are_bounded(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_MAX_CALLS", 2)
+    site = make_site()
+    for role in ("stage-0", "stage-1"):
+        membership = site.join(role)[1]
+        Feed(membership)
+    deadline = time.monotonic() + 10
+    with pytest.raises(errors.BrokerUnreachable, match="RESOURCE_EXHAUSTED"):
+        while time.monotonic() < deadline:
+            site.client().identity()
 
 
 def test_renewal_reaches_all(site: Site) -> None:
