@@ -214,12 +214,16 @@ def _add_deploy(commands: _Commands) -> None:
         """,
         example="""
         bulkhead broker --listen 10.0.0.5:7000 &
-        bulkhead deploy --address 10.0.0.1:6379 --broker 10.0.0.5:7000 \\
+        bulkhead deploy --address ray://10.0.0.1:10001 --broker 10.0.0.5:7000 \\
             --broker-key broker.pub --model /models/llama --policy prompt-private.yaml
-        bulkhead deploy --address 10.0.0.1:6379 --down
+        bulkhead deploy --address ray://10.0.0.1:10001 --down
         """,
     )
-    parser.add_argument("--address", default="auto", help="Ray's address (default: %(default)s)")
+    parser.add_argument(
+        "--address",
+        default="auto",
+        help="ray://HEAD:10001, or auto on a node of the cluster (default: %(default)s)",
+    )
     parser.add_argument("--instance", default=DEFAULT_INSTANCE, help="name of the pipeline")
     parser.add_argument("--cluster", default="cluster", help="name of the cluster in the plan")
     parser.add_argument("--broker", type=_address, help="HOST:PORT of the key broker")
@@ -316,7 +320,10 @@ def _add_plan(commands: _Commands) -> None:
     )
     nodes = parser.add_mutually_exclusive_group()
     nodes.add_argument("--inventory", type=Path, help="file with the nodes, as JSON")
-    nodes.add_argument("--address", help='address of a running Ray cluster, or "auto"')
+    nodes.add_argument(
+        "--address",
+        help="a running Ray cluster: ray://HEAD:10001, or auto on one of its nodes",
+    )
     _add_model(parser)
 
 

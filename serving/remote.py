@@ -39,6 +39,7 @@ from serving.planning import ModelSettings, load_policy, plan_model
 from serving.progress import Narrator
 
 LOG_TIMEOUT_S = 15.0
+CONNECT_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,27 @@ def connect(address: str) -> None:
     Raises:
         CommandError: there is none, or it does not let us in.
     """
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if address != "auto" and not address.startswith("ray://"):
+        # Ray's own HOST:PORT is for programs on a node; elsewhere it ends the process.
         raise CommandError(
-            f"Ray at {address}: expected a running cluster, found: {first[:300]}; check the "
-            "address, and the token (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
-        ) from None
+            f"Ray's address: expected ray://HEAD:10001, or auto on a node, found {address[:200]!r}"
+        )
+    for attempt in range(CONNECT_ATTEMPTS):
+        try:
+            ray.init(
+                address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False
+            )
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            # A busy head does not always start its side of Ray Client in time.
+            if isinstance(error, ConnectionAbortedError) and attempt + 1 < CONNECT_ATTEMPTS:
+                continue
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CommandError(
+                f"Ray at {address}: expected a running cluster, found: {first[:300]}; check the "
+                "address (ray://HEAD:10001 from outside the cluster), and the token "
+                "(RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+            ) from None
+        return
 
 
 def read_inventory(address: str) -> Inventory:

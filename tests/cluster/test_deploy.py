@@ -191,6 +191,30 @@ def test_host_cut_off_mid_stream_and_joined_again(
     assert lasted > CUT_S * 0.9, "the stream did not need the host that was cut off"
 
 
+def test_deployed_again_and_taken_down(deployment: Deployment, oracle: Oracle) -> None:
+    """Deploying replaces what runs; taking down leaves Ray, and no shard."""
+    before = {shard["pid"] for shard in deployment.status()["shards"]}
+    done = deployment.deploy()
+    assert done.returncode == 0, done.stderr
+    assert not before & {shard["pid"] for shard in deployment.status()["shards"]}
+    prompt = "The capital of Spain is"
+    answer = client(deployment).completions.create(
+        model="demo",
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.choices[0].text == continuation(oracle, prompt)
+    down = deployment.bulkhead("deploy", "--down", "--address", deployment.ray_address)
+    assert down.returncode == 0, down.stderr
+    for host in range(3):
+        found = deployment.cluster.hosts.run(
+            host, "pgrep -f '[r]untime.shard.process'", check=False
+        )
+        assert not found.stdout, found.stdout
+
+
 def test_ray_down_leaves_nothing(deployment: Deployment) -> None:
     deployment.cluster.down()
     assert deployment.cluster.hosts.wait_until_clean(120) == []
