@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 INSTANCE = "pipeline-0"
 LEAST_NODES = 2
 WATCH_S = 1.0
+CONNECT_PORT = 8001
 QUESTION = "What is the capital of France?"
 
 
@@ -145,6 +146,7 @@ def _endpoint(host: str, port: int) -> str:
 def _announce(narrator: Narrator, signed: Signed, endpoint: str, home: Home) -> None:
     """Prints what a person needs to use it."""
     from placement.explain import plan_table, weakness_warnings
+    from placement.policy import Ingress
 
     template = signed.plan.template
     body = {
@@ -152,18 +154,23 @@ def _announce(narrator: Narrator, signed: Signed, endpoint: str, home: Home) -> 
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": 64,
     }
+    sealed = signed.policy.ingress is Ingress.SEALED
+    # Where the policy says so, prompts are sealed before they leave the client's machine.
+    reached = f"http://127.0.0.1:{CONNECT_PORT}" if sealed else endpoint
     lines = [
         "",
         plan_table(signed.plan),
         "",
         *(f"warning: {text}" for text in weakness_warnings(template.weaknesses)),
         "",
-        f"ready: {template.model} at {endpoint}/v1 (OpenAI-compatible)",
+        f"ready: {template.model} at {endpoint}/v1 (OpenAI-compatible"
+        + (", sealed requests only)" if sealed else ")"),
         f"owner's public key, for clients to pin: {home.owner_public_path}",
         "try:",
-        f"  curl -s {endpoint}/v1/chat/completions -H 'Content-Type: application/json' "
+        *([f"  bulkhead connect --port {CONNECT_PORT} &"] if sealed else []),
+        f"  curl -s {reached}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(body))}",
-        "  bulkhead chat",
+        *([] if sealed else ["  bulkhead chat"]),
         "Ctrl-C ends everything.",
     ]
     narrator.say("\n".join(lines))

@@ -179,7 +179,7 @@ class ShardServer(control_pb2_grpc.ShardControlServicer, control_pb2_grpc.Ingres
                 options=INGRESS_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_REQUESTS
             )
             control_pb2_grpc.add_IngressServicer_to_server(self, server)
-            port = server.add_insecure_port(f"{spec.listen_host}:0")
+            port: int = server.add_insecure_port(f"{spec.listen_host}:0")
             await server.start()
             self._ingress = server
             return port
