@@ -33,6 +33,7 @@ def refused(text: str) -> PolicyError:
         ("open", {"plain_ingress", "unhardened"}),
         ("weights-private", {"plain_ingress"}),
         ("prompt-private", set()),
+        ("simulated-sealed", {"simulated_tee", "unhardened", "unpinned_measurement"}),
         (
             "simulated",
             {"simulated_tee", "unhardened", "plain_ingress", "unpinned_measurement"},
@@ -46,7 +47,7 @@ def test_the_policies_that_come_along_are_valid(name: str, weaknesses: set[str])
 
 
 def test_there_is_no_other_policy_file() -> None:
-    assert len(list(POLICIES.glob("*.yaml"))) == 4
+    assert len(list(POLICIES.glob("*.yaml"))) == 5
 
 
 def test_what_is_left_out_is_strict() -> None:
