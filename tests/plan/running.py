@@ -231,7 +231,7 @@ class RunningPlan:
         """SIGKILL, as an operator or the kernel would."""
         self.shards[role].kill()
 
-    def wait_serving(self, timeout_s: float = 90.0) -> None:
+    def wait_serving(self, timeout_s: float = 280.0) -> None:
         """Waits until all shards serve the same epoch."""
 
         def serving() -> bool:

@@ -118,7 +118,7 @@ class ProxiedPlan(RunningPlan):
         host = PROXY_HOST if role == "stage-1" else "127.0.0.1"
         return super().spec(role, **{"advertise_host": host, **changes})
 
-    def wait_serving(self, timeout_s: float = 90.0) -> None:
+    def wait_serving(self, timeout_s: float = 280.0) -> None:
         deadline = time.monotonic() + timeout_s
         while self.proxy is None and time.monotonic() < deadline:
             for line in self.audit():
@@ -410,7 +410,7 @@ def test_killed_starter(model: Path, splits: tuple[int, ...], tp: int, expected:
                 json.dumps({"directory": str(plan.directory), "specs": specs}).encode()
             )
             starter.stdin.close()
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 280  # the first start builds an operator
             while True:
                 with contextlib.suppress(SecurityError):
                     plan.roster()
