@@ -169,6 +169,7 @@ class Fields:
         self._where = where
         self._error = error
         self._read: set[str] = set()
+        self._known: set[str] = set()
 
     @classmethod
     def of(
@@ -186,6 +187,7 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is present (an explicit null counts as present)."""
+        self._known.add(name)
         return name in self._document
 
     def text(self, name: str, max_length: int = 256, pattern: str | None = None) -> str:
@@ -319,7 +321,7 @@ class Fields:
         unknown = sorted(str(key)[:64] for key in self._document if key not in self._read)
         if unknown:
             raise self._error(
-                f"{self._where}.{unknown[0]}: expected one of {', '.join(sorted(self._read))}, "
+                f"{self._where}.{unknown[0]}: expected one of {', '.join(sorted(self._known))}, "
                 "found a field of another name"
             )
 
@@ -343,6 +345,7 @@ class Fields:
         if name not in self._document:
             raise self._error(f"{self._where}.{name}: expected a value, found no such field")
         self._read.add(name)
+        self._known.add(name)
         return self._document[name]
 
     def _list(self, name: str, max_items: int) -> list[object]:

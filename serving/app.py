@@ -30,6 +30,8 @@ log = logging.getLogger("bulkhead.serving")
 
 APPLICATION = "bulkhead"
 DEPLOYMENT = "Relay"
+HEAD_NODE = "node:__internal_head__"
+"""Ray's name for the resource that its head node alone has."""
 MAX_ONGOING_REQUESTS = 1024
 VIEW_AGE_S = 1.0
 VIEW_TIMEOUT_S = 10.0
@@ -158,7 +160,8 @@ def build_application(instance: str, owner_public: bytes, replicas: int = 1) -> 
         name=DEPLOYMENT,
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        # Beside the proxy: a plain request does not cross a network between the two.
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.0001}},
         health_check_period_s=10,
         health_check_timeout_s=LOOP_SILENCE_S,
         graceful_shutdown_timeout_s=5,

@@ -13,6 +13,11 @@ EVENT_PREFIX = "data: "
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 600.0
 MAX_ERROR_CHARACTERS = 500
+CONTEXT_FULL = "context_length_exceeded"
+
+
+class ContextFull(CommandError):
+    """Question, what went before it and the longest answer exceed the model's context."""
 
 
 def first_model(client: httpx.Client) -> str:
@@ -44,13 +49,15 @@ def stream_answer(
 
     Raises:
         CommandError: the endpoint refused, or the answer broke off.
+        ContextFull: it refused because the conversation has become too long.
     """
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
-                raise CommandError(_error_text(response))
+                full = _error_code(response) == CONTEXT_FULL
+                raise (ContextFull if full else CommandError)(_error_text(response))
             for line in response.iter_lines():
                 if not line.startswith(EVENT_PREFIX):
                     continue
@@ -75,8 +82,11 @@ def converse(
     max_tokens: int,
     read: Callable[[], str | None],
     write: Callable[[str], None],
-) -> None:
+) -> bool:
     """Reads questions and writes answers until there are no more questions.
+
+    The oldest exchanges are forgotten when the conversation outgrows the model's context. A
+    question that fails is forgotten too, and the conversation goes on.
 
     Args:
         client: see `make_client`.
@@ -84,7 +94,11 @@ def converse(
         max_tokens: longest answer.
         read: returns the next question, or None at the end.
         write: shows a piece of an answer.
+
+    Returns:
+        Whether every question was answered.
     """
+    answered = True
     messages: list[dict[str, str]] = []
     while (question := read()) is not None:
         if not question.strip():
@@ -92,13 +106,33 @@ def converse(
         messages.append({"role": "user", "content": question})
         pieces: list[str] = []
         try:
-            for piece in stream_answer(client, model, messages, max_tokens):
+            for piece in _stream_remembered(client, model, messages, max_tokens):
                 write(piece)
                 pieces.append(piece)
         except KeyboardInterrupt:
             write(" [stopped]")
+        except CommandError as error:
+            write(f"[{error}]\n")
+            messages.pop()
+            answered = False
+            continue
         write("\n")
         messages.append({"role": "assistant", "content": "".join(pieces)})
+    return answered
+
+
+def _stream_remembered(
+    client: httpx.Client, model: str, messages: list[dict[str, str]], max_tokens: int
+) -> Iterator[str]:
+    """Streams an answer; forgets the oldest exchanges, in `messages` too, until there is room."""
+    while True:
+        try:
+            yield from stream_answer(client, model, messages, max_tokens)
+            return
+        except ContextFull:
+            if len(messages) == 1:
+                raise
+            del messages[:2]
 
 
 def _piece(payload: str) -> str:
@@ -110,6 +144,13 @@ def _piece(payload: str) -> str:
         return str(choices[0].get("delta", {}).get("content") or "")
     except (ValueError, AttributeError, TypeError):
         raise CommandError("the stream: expected an event of OpenAI's, found another") from None
+
+
+def _error_code(response: httpx.Response) -> object:
+    try:
+        return response.json()["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _error_text(response: httpx.Response) -> str:

@@ -180,13 +180,14 @@ def _add_serve(commands: _Commands) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from serving.launcher import supervise
+    from serving.launcher import require_free_port, supervise
     from serving.planning import load_policy
     from serving.ray_environment import local_cluster_environment
 
     settings = ModelSettings.from_arguments(arguments)
     # What can be refused at once is refused before anything is started.
     load_policy(settings.policy)
+    require_free_port(arguments.host, arguments.port)
     home = Home(arguments.home)
     command = ["--settings", settings.to_json(), "--home", str(home.path)]
     command += ["--host", arguments.host, "--port", str(arguments.port)]
@@ -411,8 +412,8 @@ def _chat(arguments: argparse.Namespace) -> int:
         # first prompt is on its way.
         served = first_model(client)
         model = arguments.model or served
-        converse(client, model, arguments.max_tokens, read, write)
-    return 0
+        answered = converse(client, model, arguments.max_tokens, read, write)
+    return 0 if answered else 1
 
 
 def _add_status(commands: _Commands) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -125,6 +126,8 @@ def start_relay(instance: str, owner_public: bytes, host: str, port: int) -> Non
     Raises:
         CommandError: the port is taken, or Serve did not start.
     """
+    # That an application is "ready" before its shards are helps nobody.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
             proxy_location="HeadOnly",

@@ -21,6 +21,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from serving.errors import UsageError
 from serving.processes import become_subreaper, collect_ended, end_descendants
 
 ORDERLY_S = 10.0
@@ -136,6 +138,22 @@ class Supervisor:
             print(f"bulkhead: the serving process was ended by {name}", file=sys.stderr)
             return 1
         return code
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Finds out at once what Ray Serve would say after half a minute, and less clearly.
+
+    Raises:
+        UsageError: nothing can listen there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "choose another with --port (make serve PORT=...)"
+        ) from None
 
 
 def supervise(arguments: Sequence[str], environment: Mapping[str, str]) -> int:

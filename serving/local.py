@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -157,6 +158,7 @@ def _announce(narrator: Narrator, signed: Signed, endpoint: str, home: Home) -> 
     sealed = signed.policy.ingress is Ingress.SEALED
     # Where the policy says so, prompts are sealed before they leave the client's machine.
     reached = f"http://127.0.0.1:{CONNECT_PORT}" if sealed else endpoint
+    command = _own_command()
     lines = [
         "",
         plan_table(signed.plan),
@@ -167,13 +169,22 @@ def _announce(narrator: Narrator, signed: Signed, endpoint: str, home: Home) -> 
         + (", sealed requests only)" if sealed else ")"),
         f"owner's public key, for clients to pin: {home.owner_public_path}",
         "try:",
-        *([f"  bulkhead connect --port {CONNECT_PORT} &"] if sealed else []),
+        *([f"  {command} connect --port {CONNECT_PORT} &"] if sealed else []),
         f"  curl -s {reached}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(body))}",
-        *([] if sealed else ["  bulkhead chat"]),
+        *([] if sealed else [f"  {command} chat"]),
         "Ctrl-C ends everything.",
     ]
     narrator.say("\n".join(lines))
+
+
+def _own_command() -> str:
+    """How to call `bulkhead` from where the user is: `make serve` leaves it off the PATH."""
+    own = Path(sys.executable).with_name("bulkhead")
+    if shutil.which("bulkhead") == str(own):
+        return "bulkhead"
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
 
 
 def _watch(actor: ray.actor.ActorHandle, narrator: Narrator) -> None:
@@ -191,7 +202,11 @@ def _watch(actor: ray.actor.ActorHandle, narrator: Narrator) -> None:
         else:
             state, reason = view["state"], view["error"]
         if state != said:
-            narrator.say(f"{INSTANCE}: {state}" + (f": {reason}" if reason else ""))
+            # The first line says what happened; the shard's last lines follow it.
+            first, *more = reason.splitlines() or [""]
+            if more:
+                first = first.removesuffix("; last lines:") + " (`bulkhead logs` has more)"
+            narrator.say(f"{INSTANCE}: {state}" + (f": {first}" if first else ""))
             said = state
 
 

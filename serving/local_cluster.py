@@ -32,12 +32,15 @@ class LocalCluster:
     """A head node for the relay and `nodes` worker nodes for shards.
 
     Args:
-        scratch: directory for Ray's sockets and logs; its path must be short.
+        scratch: directory for Ray's sockets and logs, which only we can enter; its path must be
+            short.
         nodes: how many worker nodes.
     """
 
     def __init__(self, scratch: Path, nodes: int) -> None:
         self._scratch = scratch
+        # Ray opens its directory to everybody; below one that is ours alone, that opens nothing.
+        self._ray_directory = scratch / "ray"
         self._nodes = nodes
         self._workers: list[subprocess.Popen[bytes]] = []
         # Another cluster on this machine may have taken the low addresses.
@@ -53,7 +56,7 @@ class LocalCluster:
         step.update(0, total, "head node")
         ray.init(
             _node_ip_address=f"{self._network}.1",
-            _temp_dir=str(self._scratch),
+            _temp_dir=str(self._ray_directory),
             # No processors: the head takes no shards.
             num_cpus=0,
             num_gpus=0,
@@ -107,7 +110,7 @@ class LocalCluster:
             )
         # `ray start` takes the first free number for its sockets; two that start at the same moment
         # take the same one, and the second fails.
-        socket = self._scratch / "session_latest" / "sockets" / f"raylet.{number}"
+        socket = self._ray_directory / "session_latest" / "sockets" / f"raylet.{number}"
         deadline = time.monotonic() + NODE_TIMEOUT_S
         while not socket.exists():
             self._check(deadline)

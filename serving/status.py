@@ -48,22 +48,30 @@ def print_status(state: RunState, status: Mapping[str, object], console: Console
         f"{state.instance}: {status.get('state')}  model {state.model}  {state.endpoint}/v1",
         highlight=False,
     )
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     shards = status.get("shards")
     if isinstance(shards, list):
         table = Table(*COLUMNS, box=None, pad_edge=False)
         for shard in shards:
-            table.add_row(*(str(shard.get(name, "")) for name in COLUMNS))
+            # Only the head schedules; the others have no cache blocks to hand out.
+            shown = dict(shard)
+            if not shard.get("total_blocks"):
+                shown["free_blocks"] = "-"
+            table.add_row(*(str(shown.get(name, "")) for name in COLUMNS))
         console.print(table)
-    for name, title in (("error", "error"), ("restarts", "restarts")):
+    for name in ("error", "restarts"):
         if status.get(name):
-            console.print(f"{title}: {status[name]}", highlight=False, markup=False)
+            say(f"{name}: {status[name]}")
     plan = status.get("plan_table")
     if plan:
-        console.print(f"\n{plan}", highlight=False, markup=False)
+        say(f"\n{plan}")
     warnings = status.get("warnings")
     if isinstance(warnings, list):
         for text in warnings:
-            console.print(f"warning: {text}", highlight=False, markup=False)
+            say(f"warning: {text}")
 
 
 def log_files(state: RunState, role: str | None) -> list[Path]:

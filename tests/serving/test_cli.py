@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
 from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
 
 from serving.chat import converse, stream_answer
 from serving.cli import make_parser, run
@@ -16,7 +19,7 @@ from serving.model_source import find_model
 from serving.planning import ModelSettings, load_policy
 from serving.progress import Step
 from serving.ray_environment import local_cluster_environment
-from serving.status import follow, last_lines, log_files
+from serving.status import follow, last_lines, log_files, print_status
 
 STATE = RunState("cluster", "http://127.0.0.1:9", "pipeline-0", "demo", "auto", "/logs", 0, 1)
 
@@ -268,6 +271,54 @@ def test_chat_streams_and_remembers() -> None:
         converse(client, "demo", 16, lambda: next(questions), written.append)
     assert written == ["Par", "is", "\n"] * 2
     assert [message["content"] for message in asked[1]] == ["capital of France?", "Paris", "sure?"]
+
+
+def test_chat_forgets_the_oldest_when_the_context_is_full_and_survives_errors() -> None:
+    asked: list[list[str]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append([item["content"] for item in json.loads(request.content)["messages"]])
+        if asked[-1][-1] == "bad":
+            return httpx.Response(503, json={"error": {"message": "no shard answers now"}})
+        if len(asked[-1]) > 2 or asked[-1][-1] == "long":
+            error = {"message": "too long", "code": "context_length_exceeded"}
+            return httpx.Response(400, json={"error": error})
+        event = json.dumps({"choices": [{"delta": {"content": "yes"}}]})
+        return httpx.Response(200, text=f"data: {event}\n\ndata: [DONE]\n\n")
+
+    questions = iter(["one?", "bad", "two?", "long", None])
+    written: list[str] = []
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+        assert not converse(client, "demo", 16, lambda: next(questions), written.append)
+    assert written == [
+        *("yes", "\n"),
+        "[503: no shard answers now]\n",
+        *("yes", "\n"),
+        "[400: too long]\n",
+    ]
+    assert asked[1:4] == [["one?", "yes", "bad"], ["one?", "yes", "two?"], ["two?"]]
+    assert asked[-1] == ["long"]
+
+
+def test_serve_refuses_a_taken_port_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["serve", "--model", "models/demo", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+
+
+def test_status_fits_and_says_nothing_of_blocks_that_a_shard_does_not_have() -> None:
+    shards = [
+        {"role": "stage-0", "state": "serving", "free_blocks": 9, "total_blocks": 9},
+        {"role": "stage-1", "state": "serving", "free_blocks": 0, "total_blocks": 0},
+    ]
+    text = io.StringIO()
+    status = {"state": "serving", "shards": shards, "warnings": ["word " * 30 + "end"]}
+    print_status(STATE, status, Console(file=text, width=80))
+    assert "word " * 30 + "end" in text.getvalue()
+    first, second = (line for line in text.getvalue().splitlines() if line.startswith("stage-"))
+    assert first.split()[-1] == "9"
+    assert second.split()[-1] == "-"
 
 
 @pytest.mark.parametrize(
