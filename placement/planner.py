@@ -206,6 +206,9 @@ def make_plan(
     problem = _Problem(profile, policy, settings, load, inventory.nodes)
     reasons: list[str] = []
     for stages in _stage_counts(problem):
+        # The first stage sees everything however many there are: more of them need no less trust.
+        if missing := _missing_hosts(problem, stages):
+            raise Infeasible(tuple(missing))
         found = _place(problem, stages)
         if isinstance(found, _Layout):
             return _plan(problem, found, manifest_digest, policy_digest, instance)
@@ -343,9 +346,6 @@ def _stage_counts(problem: _Problem) -> range:
 
 def _place(problem: _Problem, stages: int) -> _Layout | list[str]:
     """The best layout of so many stages, or what is missing for one."""
-    missing = _missing_hosts(problem, stages)
-    if missing:
-        return missing
     hosts = tuple(problem.hosts(trust) for trust in problem.trusts(stages))
     sequences = _node_sequences(problem, hosts)
     if not sequences:
@@ -376,18 +376,21 @@ def _place(problem: _Problem, stages: int) -> _Layout | list[str]:
 
 
 def _unfit(node: Node, needs: _Needs, policy: Policy) -> str:
-    """Why a node cannot host a role with these needs, or "" if it can."""
+    """Everything that keeps a node from hosting a role with these needs, or "" if nothing does."""
     if node.cpus <= 0 and node.gpus <= 0:
         return "it offers no processor (num_cpus is 0)"
+    reasons: list[str] = []
     if 0 < node.gpus < needs.tp:
-        return f"it has {node.gpus:g} GPUs for {needs.tp} ranks"
+        reasons.append(f"it has {node.gpus:g} GPUs for {needs.tp} ranks")
     if needs.regions and node.region not in needs.regions:
-        return f"its region is {node.region or 'not declared'} (label {REGION_LABEL})"
+        reasons.append(f"its region is {node.region or 'not declared'} (label {REGION_LABEL})")
     if needs.trust is Trust.ATTESTED and node.tee not in needs.evidence:
-        return f"its TEE is {node.tee or 'not declared'} (label {TEE_LABEL})"
+        reasons.append(f"its TEE is {node.tee or 'not declared'} (label {TEE_LABEL})")
     if not node.hardened and not policy.accepts(Weakness.UNHARDENED):
-        return f"it is not hardened (label {HARDENED_LABEL}), and {Weakness.UNHARDENED} is refused"
-    return ""
+        reasons.append(
+            f"it is not hardened (label {HARDENED_LABEL}), and {Weakness.UNHARDENED} is refused"
+        )
+    return "; ".join(reasons)
 
 
 def _missing_hosts(problem: _Problem, stages: int) -> list[str]:
