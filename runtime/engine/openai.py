@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -305,7 +306,7 @@ class _Usage:
         }
 
 
-class _Shape:
+class _Shape(ABC):
     """The JSON of one kind of response."""
 
     prefix: str
@@ -319,17 +320,17 @@ class _Shape:
         self._id = f"{self.prefix}-{secrets.token_hex(16)}"
         self._created = int(time.time())
 
+    @abstractmethod
     def first(self, index: int) -> Document | None:
         """The choice that opens the stream of an output, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, chunk: Chunk) -> list[Document]:
         """The choices of a chunk, each for an event of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, index: int, output: Chunk) -> Document:
         """A whole output."""
-        raise NotImplementedError
 
     def ids(self, chunk: Chunk) -> Document:
         """The field with the tokens of a choice; none where the client did not ask."""

@@ -58,6 +58,7 @@ class FakeRunner:
         self._flying: deque[tuple[StepHeader, tuple[int, ...], bool]] = deque()
         self._cache: dict[tuple[int, int], int] = {}
         self._break_next = False
+        self.stop_at: int | None = None
 
     def break_next(self) -> None:
         self._break_next = True
@@ -101,6 +102,9 @@ class FakeRunner:
     def result(self, timeout: float) -> StepResult:
         self._fail_if_broken()
         header, tokens, poisoned = self._flying.popleft()
+        if header.step == self.stop_at:
+            # Breaks, and stays down until it is told to come up.
+            self.stop_at, self.may_come_up, self._break_next = None, False, True
         if self._break_next or poisoned:
             self._break_next = False
             self.up = False
