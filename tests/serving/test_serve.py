@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,13 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from serving.processes import Process, descendants, read_process, send_signal
 
 START_S = 150.0
+DEMO = Path(__file__).parents[2] / "models" / "demo"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(420)
 
 
 class Serving:
@@ -160,3 +163,48 @@ def test_killing_the_launcher_leaves_nothing(serving: Serving) -> None:
     serving.launcher.kill()
     serving.launcher.wait(5)
     _wait_until_none(serving, 20)
+
+
+def test_the_first_answer_of_the_demo_model(tmp_path: Path) -> None:
+    """The curl line that is printed works as it stands; so does the official client."""
+    running = Serving(DEMO, tmp_path)
+    try:
+        running.wait_until_ready()
+        lines = running.output.read_text().splitlines()
+        line = next(line for line in lines if line.strip().startswith("curl "))
+        answer = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+        assert "Paris" in json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+        client = openai.OpenAI(base_url=f"{running.endpoint}/v1", api_key="none", max_retries=0)
+        question = [{"role": "user", "content": "What is the capital of Japan?"}]
+        common = {"model": client.models.list().data[0].id, "messages": question, "temperature": 0}
+        whole = client.chat.completions.create(**common)
+        assert "Tokyo" in whole.choices[0].message.content
+        stream = client.chat.completions.create(
+            **common, stream=True, stream_options={"include_usage": True}
+        )
+        events = list(stream)
+        text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+        assert text == whole.choices[0].message.content
+        assert events[-1].usage == whole.usage
+
+        # A client that leaves in the middle of a stream frees its place.
+        left = client.completions.create(
+            model=common["model"],
+            prompt="Hello",
+            max_tokens=900,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(left)
+        left.close()
+        deadline = time.monotonic() + 15
+        while True:
+            status = httpx.get(f"{running.endpoint}/bulkhead/status", timeout=20).json()
+            head = status["shards"][0]
+            if head["running"] == 0 and head["free_blocks"] == head["total_blocks"]:
+                break
+            assert time.monotonic() < deadline, head
+            time.sleep(0.2)
+    finally:
+        running.end()
