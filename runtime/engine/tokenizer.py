@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -17,11 +18,15 @@ from security.manifest import ModelFiles
 
 __all__ = [
     "TOKENIZER_FILES",
+    "TokenIdsOnly",
     "Tokenizer",
     "TokenizerError",
     "load_json",
+    "load_tokenizer",
     "read_tokenizer_files",
 ]
+
+_log = logging.getLogger(__name__)
 
 # All that is ever read. No Python, nothing pickled.
 TOKENIZER_FILES = (
@@ -148,6 +153,60 @@ class Tokenizer:
                 "This model has no chat template; use /v1/completions.", "messages"
             )
         return self._template.render(messages, arguments)
+
+
+class TokenIdsOnly:
+    """Stands in for the tokenizer of a model that has none: prompts are token ids, answers too.
+
+    An answer's text is its token ids as decimal numbers, each followed by a space.
+    """
+
+    eos_token_id: int | None = None
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def encode(self, text: str, max_tokens: int, special_tokens: bool) -> list[int]:
+        """Refuses every text.
+
+        Raises:
+            InvalidRequest: always.
+        """
+        raise InvalidRequest(
+            "This model has no tokenizer: send the prompt as token ids to /v1/completions.",
+            "prompt",
+        )
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The ids as decimal numbers."""
+        return "".join(f"{token} " for token in token_ids)
+
+    def render(
+        self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None
+    ) -> str:
+        """Refuses every conversation.
+
+        Raises:
+            TemplateRefused: always.
+        """
+        raise TemplateRefused(
+            "This model has no tokenizer and no chat template: send token ids to /v1/completions.",
+            "messages",
+        )
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer | TokenIdsOnly:
+    """The model's tokenizer; a stand-in where the model has no file of one.
+
+    Raises:
+        ManifestMismatch: a file is not what the manifest says.
+        TokenizerError, TemplateInvalid: see `Tokenizer`.
+    """
+    content = read_tokenizer_files(files)
+    if set(content) <= {"config.json"}:
+        _log.warning("the model has no tokenizer: prompts and answers are token ids")
+        return TokenIdsOnly()
+    return Tokenizer(content)
 
 
 def read_tokenizer_files(files: ModelFiles) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from runtime.engine.defaults import generation_defaults
 from runtime.engine.engine import Engine, EngineStatus
 from runtime.engine.openai import OpenAIService
 from runtime.engine.scheduler import EngineLimits
-from runtime.engine.tokenizer import Tokenizer, read_tokenizer_files
+from runtime.engine.tokenizer import load_tokenizer
 from runtime.shard.pipeline import HeadRunner
 from security.envelope import EnvelopeServer
 from security.manifest import ModelFiles
@@ -40,7 +40,7 @@ class Head:
         private_key: X25519PrivateKey,
     ) -> None:
         self.runner = HeadRunner(template)
-        self._tokenizer = Tokenizer(read_tokenizer_files(files))
+        self._tokenizer = load_tokenizer(files)
         limits = EngineLimits(
             max_sequences=template.max_sequences,
             max_step_tokens=template.max_step_tokens,
