@@ -249,13 +249,16 @@ class KeyBroker:
             with self._lock:
                 if installation == self._installation:
                     return template.generation
-                if self._documents is not None:
-                    newest = self._documents.template.generation
-                    if template.generation <= newest:
-                        raise GenerationRollback(
-                            f"template: expected a generation above {newest}, found "
-                            f"{template.generation}; sign it with a higher one"
-                        )
+                # Also where what was installed cannot be read any more: the owner may install the
+                # newest again, nobody an older one.
+                installed = self._documents.template.generation if self._documents else 0
+                least = max(self._store.generation(self._owner_public), installed + 1)
+                if template.generation < least:
+                    raise GenerationRollback(
+                        f"template: expected a generation of at least {least}, found "
+                        f"{template.generation}; sign it with a higher one"
+                    )
+                self._store.save_generation(self._owner_public, template.generation)
                 self._store.save(installation)
                 self._installation = installation
                 self._documents = documents

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 
+from placement.document import MAX_INTEGER, DocumentError, Fields, decode
 from security.broker import broker_pb2
 from security.broker.documents import Installation
 from security.errors import MalformedInput
@@ -26,6 +27,7 @@ MAX_AUDIT_BYTES = 64 << 20
 """Size at which the audit log is turned over; one older part is kept."""
 
 _MAX_TEXT = 1000
+_MAX_GENERATION_BYTES = 1024
 
 
 def printable(text: str, limit: int = _MAX_TEXT) -> str:
@@ -58,12 +60,44 @@ class BrokerStore:
             enrolments=installation.enrolments,
             certificate=installation.certificate,
         )
-        temporary = self._home / "installed.new"
+        self._replace("installed", message.SerializeToString())
+
+    def save_generation(self, owner_public: bytes, generation: int) -> None:
+        """Remembers the newest generation of an owner apart from what is installed."""
+        content = {"owner": owner_public.hex(), "generation": generation}
+        self._replace("generation", json.dumps(content).encode())
+
+    def generation(self, owner_public: bytes) -> int:
+        """The newest generation that this owner ever installed here; 0 for none.
+
+        Raises:
+            MalformedInput: the file is not what `save_generation` wrote. To go on without it is to
+                forget which plans were replaced: that is for a person to decide.
+        """
+        path = self._home / "generation"
+        if not path.exists():
+            return 0
+        try:
+            document = decode(path.read_bytes(), _MAX_GENERATION_BYTES)
+            reader = Fields.of(document, "generation")
+            owner = reader.octets("owner", len(owner_public))
+            generation = reader.integer("generation", 0, MAX_INTEGER)
+            reader.finish()
+        except DocumentError as error:
+            raise MalformedInput(
+                f"{path}: expected what the broker wrote, found another ({error}); remove it if "
+                "older plans may be installed again"
+            ) from None
+        return generation if owner == owner_public else 0
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Writes a file in one step: a crash leaves the old one or the new one."""
+        temporary = self._home / f"{name}.new"
         with temporary.open("wb") as file:
-            file.write(message.SerializeToString())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self._home / "installed")
+        temporary.replace(self._home / name)
 
     def load(self) -> Installation | None:
         """What was installed before; its signatures are for the caller to check.

@@ -612,3 +612,18 @@ def test_no_roster_outlives_the_template(lab: Lab) -> None:
     lab.broker.renew_epoch("pipeline-0", "stage-0", epoch, head.mac("renew", epoch), "test")
     assert watcher.next(0) is None
     assert lab.audit()[-1]["code"] == "template_expired"
+
+
+def test_generation_never_goes_back_even_without_what_was_installed(lab: Lab) -> None:
+    lab.install(generation=5)
+    (lab.home / "installed").write_bytes(b"damaged")
+    again = lab.start()
+    with pytest.raises(errors.NothingInstalled):
+        again.challenge("pipeline-0", "stage-0", "test")
+    older = lab.installation(generation=4)
+    with pytest.raises(errors.GenerationRollback):
+        again.install(older, "test")
+    assert again.install(lab.installation(generation=5), "test") == 5
+    (lab.home / "generation").write_bytes(b"damaged")
+    with pytest.raises(errors.MalformedInput):
+        again.install(lab.installation(generation=6), "test")
