@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from serving.home import Home, RunState
 from serving.launcher import follow_lifeline
 from serving.planning import ModelSettings
-from serving.progress import Narrator
+from serving.progress import Narrator, Step
 from serving.reporting import report_errors
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ def serve_locally(settings: ModelSettings, home: Home, scratch: Path, host: str,
         hasher = stack.enter_context(ThreadPoolExecutor(1))
         cluster = LocalCluster(scratch, nodes)
         stack.callback(cluster.stop)
-        with narrator.step("model: hash every file") as step:
-            hashing = hasher.submit(hash_model, source.directory, step)
-            with narrator.quiet_step(f"Ray: {nodes + 1} local nodes") as cluster_step:
-                address = cluster.start(cluster_step)
-            # Ray has put its own signal handlers in their place, which print stacks and exit.
-            _raise_on_signals()
+        # A large model is hashed while Ray starts.
+        hashing = hasher.submit(hash_model, source.directory, Step())
+        with narrator.step(f"Ray: {nodes + 1} local nodes") as step:
+            address = cluster.start(step)
+        # Ray has put its own signal handlers in their place, which print stacks and exit.
+        _raise_on_signals()
+        with narrator.step("model: hash every file"):
             manifest = hashing.result()
         broker = start_broker("127.0.0.1:0", home.broker, owner_public)
         stack.callback(broker.stop)

@@ -61,13 +61,6 @@ class Narrator:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def quiet_step(self, title: str) -> Iterator[Step]:
-        """A step inside another one: no bar of its own, only a line when it is done."""
-        start = time.monotonic()
-        yield Step()
-        self.say(f"{title}: done in {time.monotonic() - start:.1f} s")
-
-    @contextmanager
     def step(self, title: str) -> Iterator[Step]:
         """A step with a beginning and an end; says so when it is done."""
         start = time.monotonic()
