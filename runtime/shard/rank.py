@@ -21,12 +21,13 @@ import queue
 import stat
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from runtime.stage.errors import RankFailed
+from runtime.stage.errors import RankFailed, StageError
 from runtime.stage.tensor_parallel import (
     SEGMENT_DIRECTORY,
     Message,
@@ -37,17 +38,31 @@ from runtime.stage.tensor_parallel import (
     step_limits,
     write_message,
 )
+from security.errors import SecurityError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-__all__ = ["extension_directory", "main"]
+__all__ = ["extension_directory", "failure_text", "main"]
 
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 # Mapping the shared memory takes milliseconds, unless a peer has died in this very moment.
 MAPPING_TIMEOUT_S = 60
 PEER_TIMEOUT = timedelta(minutes=10)
+
+
+def failure_text(error: BaseException) -> str:
+    """What the shard, its log and Ray may know of a failure: at most 4,000 characters.
+
+    Texts of stage and security errors hold names and sizes only; those of others may quote what the
+    rank works on, so that of them the class is told, and where it was raised.
+    """
+    if isinstance(error, StageError | SecurityError):
+        return f"failed: {type(error).__name__}: {error}"[:4000]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"failed: {type(error).__name__} at {where or 'an unknown place'}"[:4000]
 
 
 def main() -> None:
@@ -64,9 +79,7 @@ def main() -> None:
         _, manifest = inbox.get()
         _serve(RankJob.from_bytes(bytes(job)), bytes(manifest), inbox, answers)
     except BaseException as error:  # the shard process decides what it means
-        write_message(
-            answers, Message.FAILED, f"failed: {type(error).__name__}: {error}"[:4000].encode()
-        )
+        write_message(answers, Message.FAILED, failure_text(error).encode())
         if not isinstance(error, Exception):
             raise
         os._exit(1)

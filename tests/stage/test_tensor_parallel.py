@@ -18,7 +18,7 @@ from stage_models import settings
 from torch import nn
 from transformers import LlamaConfig
 
-from runtime.shard.rank import extension_directory
+from runtime.shard.rank import extension_directory, failure_text
 from runtime.stage import tensor_parallel
 from runtime.stage.errors import RankFailed, UnsupportedModel
 from runtime.stage.stage import StageRunner
@@ -326,3 +326,13 @@ def test_bfloat16(
         assert 0 < torch.norm(expected - found) < 0.05 * torch.norm(expected)
     finally:
         split.close()
+
+
+def test_a_failure_quotes_nothing_that_it_may_hold() -> None:
+    try:
+        raise ValueError("the prompt's hidden states")
+    except ValueError as error:
+        text = failure_text(error)
+    assert "ValueError at test_tensor_parallel.py:" in text
+    assert "prompt" not in text
+    assert "tensor q: expected" in failure_text(UnsupportedModel("tensor q: expected two axes"))
