@@ -32,25 +32,130 @@ _SHAPE = {
     "initializer_range": 0.2,
 }
 
+_WINDOWED = ["sliding_attention", "full_attention"] * 3
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
 FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]]] = {
+    "cohere": (transformers.CohereConfig, {"use_qk_norm": True}),
+    "cohere2": (transformers.Cohere2Config, {"sliding_window": 11, "layer_types": _WINDOWED}),
+    "cwm": (
+        transformers.CwmConfig,
+        {"head_dim": 16, "sliding_window": 11, "layer_types": _WINDOWED, "bos_token_id": END},
+    ),
+    "ernie4_5": (transformers.Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
+    "exaone4": (transformers.Exaone4Config, {"sliding_window": 11, "layer_types": _WINDOWED}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 24}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 11,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 11,
+            "layer_types": _WINDOWED,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "glm": (transformers.GlmConfig, {"head_dim": 16}),
+    "glm4": (transformers.Glm4Config, {"head_dim": 16}),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 16,
+            "sliding_window": 11,
+            "layer_types": _WINDOWED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "embedding_multiplier": 1.7,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 1.9,
+        },
+    ),
+    "helium": (transformers.HeliumConfig, {"head_dim": 16}),
     "llama": (transformers.LlamaConfig, {}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "ministral": (
+        transformers.MinistralConfig,
+        {"head_dim": 16, "sliding_window": 11, "layer_types": _WINDOWED},
+    ),
     "mistral": (transformers.MistralConfig, {"head_dim": 16, "sliding_window": 48}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 11},
+    ),
+    "olmo": (transformers.OlmoConfig, {"clip_qkv": 1.5}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "olmo3": (transformers.Olmo3Config, {"sliding_window": 11, "layer_types": _WINDOWED}),
+    "olmoe": (transformers.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (transformers.Phi3Config, {"partial_rotary_factor": 0.5, "sliding_window": 11}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {**_EXPERTS, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "seed_oss": (
+        transformers.SeedOssConfig,
+        {"head_dim": 16, "attention_bias": True, "attention_out_bias": False},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {
+            "no_rope_layers": [1, 0, 1, 1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": _WINDOWED,
+        },
+    ),
+    "stablelm": (transformers.StableLmConfig, {"partial_rotary_factor": 0.5}),
+    "starcoder2": (transformers.Starcoder2Config, {"sliding_window": 11, "use_bias": True}),
 }
 
 
 def write_checkpoint(family: str, directory: Path, seed: int = 0, **changes: object) -> Path:
     """Writes a random model of that family, with tokenizer and chat template; returns the path."""
+    model = random_model(family, seed, **changes)
+    model.generation_config.do_sample = False
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def random_model(family: str, seed: int = 0, **changes: object) -> transformers.PreTrainedModel:
+    """A random model of that family in float32."""
     config_class, own = FAMILIES[family]
     config = config_class(**{**_SHAPE, **own, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.eval()
-    model.generation_config.do_sample = False
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
-    return directory
+    _randomise(model)
+    return model
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    """Moves what starts as zeros or ones (norms, biases, sinks), or its absence would not show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

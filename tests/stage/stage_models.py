@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from checkpoints import FAMILIES
+
 from runtime.stage.settings import StageSettings
 
 # What differs between families and matters outside or inside their layers.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    **{family: (family, {}) for family in FAMILIES},
     "llama": ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
     "llama3-rope": (
         "llama",
@@ -20,12 +23,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             }
         },
     ),
-    "qwen2": ("qwen2", {}),
     "qwen2-window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
     ),
-    "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 11}),
 }
