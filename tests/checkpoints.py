@@ -53,6 +53,8 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]
             "sliding_window": 11,
             "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 5.0,
+            # Tied and this small, it would repeat the last token for ever.
+            "tie_word_embeddings": False,
         },
     ),
     "gemma3_text": (
@@ -63,6 +65,8 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]
             "sliding_window": 11,
             "layer_types": _WINDOWED,
             "final_logit_softcapping": 5.0,
+            # Tied and this small, it would repeat the last token for ever.
+            "tie_word_embeddings": False,
         },
     ),
     "glm": (transformers.GlmConfig, {"head_dim": 16}),
@@ -125,7 +129,6 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]
             "layer_types": _WINDOWED,
         },
     ),
-    "stablelm": (transformers.StableLmConfig, {"partial_rotary_factor": 0.5}),
     "starcoder2": (transformers.Starcoder2Config, {"sliding_window": 11, "use_bias": True}),
 }
 

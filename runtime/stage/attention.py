@@ -146,6 +146,8 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     use_cache: bool | None = False,
     **unknown: object,
@@ -162,9 +164,12 @@ def paged_attention(
         scaling: factor on the scores; 1/sqrt(E) if None.
         dropout: 0.
         sliding_window: positions that a row sees, its own included; None for all.
+        softcap: scores become softcap * tanh(scores / softcap); None for no cap.
+        s_aux: [H], a score of each head that takes its share of the weights and adds nothing
+            (an attention sink, arXiv 2309.17453); None for none.
         position_ids: already in the rotation.
         use_cache: the cache is ours, whatever it says.
-        unknown: refused unless None, since ignoring one (a soft cap, sinks) is silently wrong.
+        unknown: refused unless None, since ignoring one is silently wrong.
 
     Returns:
         The attended values [1, T, H, E], and None for the weights.
@@ -190,36 +195,99 @@ def paged_attention(
     query_THE, key_TKE, value_TKE = (states[0].transpose(0, 1) for states in (query, key, value))
     cache = paged_step.cache
     cache.write(layer, paged_step.places_T, key_TKE, value_TKE)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     view = paged_step.view(sliding_window)
     output_THE = torch.empty_like(query_THE, memory_format=torch.contiguous_format)
     for chunk in view.chunks:
         rows = slice(chunk.first, chunk.last)
-        if chunk.fresh:
+        if scores.plain and chunk.fresh:
             attended = functional.scaled_dot_product_attention(
                 query[:, :, rows],
                 key[:, :, rows],
                 value[:, :, rows],
                 is_causal=True,
-                scale=scale,
+                scale=scores.scale,
                 enable_gqa=True,
             )
         else:
             keys_1KLE, values_1KLE = cache.read(layer, chunk.blocks_1B)
-            attended = functional.scaled_dot_product_attention(
-                query[:, :, rows],
-                keys_1KLE,
-                values_1KLE,
-                attn_mask=chunk.visible_TL,
-                scale=scale,
-                enable_gqa=True,
-            )
+            attend = _attend_plain if scores.plain else _attend_scores
+            attended = attend(scores, query[:, :, rows], keys_1KLE, values_1KLE, chunk.visible_TL)
         output_THE[rows] = attended[0].transpose(0, 1)
     for decodes in view.decodes:
         _attend_decodes(
-            cache, layer, decodes, query_THE=query_THE, output_THE=output_THE, scale=scale
+            cache, layer, decodes, query_THE=query_THE, output_THE=output_THE, scores=scores
         )
     return output_THE[None], None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How scores become weights."""
+
+    scale: float
+    soft_cap: float | None
+    sinks_H: torch.Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Scaled and nothing else: what torch's own attention computes."""
+        return self.soft_cap is None and self.sinks_H is None
+
+    def weights(self, scores_SKRL: torch.Tensor, bias: torch.Tensor, rows: int) -> torch.Tensor:
+        """Weights in float32.
+
+        Args:
+            scores_SKRL: products of queries and keys. R counts the query heads of one key head,
+                and for each of them its rows.
+            bias: 0 where visible, minus infinity elsewhere; broadcast.
+            rows: of each query head.
+        """
+        scores_SKRL = scores_SKRL.float() * self.scale
+        if self.soft_cap is not None:
+            scores_SKRL = torch.tanh(scores_SKRL / self.soft_cap) * self.soft_cap
+        scores_SKRL = scores_SKRL + bias
+        if self.sinks_H is None:
+            return torch.softmax(scores_SKRL, dim=-1)
+        sequences, heads = scores_SKRL.shape[:2]
+        sinks_KR = self.sinks_H.float().view(heads, -1).repeat_interleave(rows, dim=1)
+        sinks_SKR1 = sinks_KR[None, :, :, None].expand(sequences, -1, -1, 1)
+        return torch.softmax(torch.cat([scores_SKRL, sinks_SKR1], dim=-1), dim=-1)[..., :-1]
+
+
+def _attend_plain(
+    scores: _Scores,
+    query_1HTE: torch.Tensor,
+    keys_1KLE: torch.Tensor,
+    values_1KLE: torch.Tensor,
+    visible_TL: torch.Tensor,
+) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(
+        query_1HTE,
+        keys_1KLE,
+        values_1KLE,
+        attn_mask=visible_TL,
+        scale=scores.scale,
+        enable_gqa=True,
+    )
+
+
+def _attend_scores(
+    scores: _Scores,
+    query_1HTE: torch.Tensor,
+    keys_1KLE: torch.Tensor,
+    values_1KLE: torch.Tensor,
+    visible_TL: torch.Tensor,
+) -> torch.Tensor:
+    """The same with a soft cap or sinks, which torch's own attention does not have."""
+    heads, length = keys_1KLE.shape[1:3]
+    rows = query_1HTE.shape[2]
+    query_1KRE = query_1HTE.reshape(1, heads, -1, query_1HTE.shape[3])
+    bias_TL = torch.zeros(rows, length).masked_fill_(~visible_TL, -math.inf)
+    bias_RL = bias_TL.repeat(query_1KRE.shape[2] // rows, 1)
+    products_1KRL = torch.matmul(query_1KRE, keys_1KLE.transpose(2, 3))
+    weights_1KRL = scores.weights(products_1KRL, bias_RL, rows).to(query_1HTE.dtype)
+    return torch.matmul(weights_1KRL, values_1KLE).view(query_1HTE.shape)
 
 
 def _attend_decodes(
@@ -229,14 +297,14 @@ def _attend_decodes(
     *,
     query_THE: torch.Tensor,
     output_THE: torch.Tensor,
-    scale: float,
+    scores: _Scores,
 ) -> None:
     """Single rows: query heads that share a key head become rows, so no key is ever repeated."""
     keys_SKLE, values_SKLE = cache.read(layer, decodes.blocks_SB)
     sequences, heads, _, size = keys_SKLE.shape
     query_SKGE = query_THE[decodes.rows_S].view(sequences, heads, -1, size)
-    scores_SKGL = torch.matmul(query_SKGE, keys_SKLE.transpose(2, 3)).float() * scale
-    weights_SKGL = torch.softmax(scores_SKGL + decodes.bias_S11L, dim=-1).to(query_THE.dtype)
+    products_SKGL = torch.matmul(query_SKGE, keys_SKLE.transpose(2, 3))
+    weights_SKGL = scores.weights(products_SKGL, decodes.bias_S11L, 1).to(query_THE.dtype)
     attended_SKGE = torch.matmul(weights_SKGL, values_SKLE)
     output_THE[decodes.rows_S] = attended_SKGE.flatten(1, 2)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from runtime.stage.errors import CheckpointMismatch, UnsupportedModel
-from runtime.stage.families import DecoderParts, parse_config
+from runtime.stage.families import DecoderParts, StoredPart, longrope_border, parse_config
 from runtime.stage.settings import Progress, StageSettings
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ class StageCheckpoint:
         self._files = files
         self._dtype = settings.torch_dtype
         self._shapes = parts.shapes()
-        self._check_names()
-
-    def tensors_of(self, part: str) -> list[str]:
-        """Names of the tensors of one part of the model."""
-        prefix = f"{self._source(part)}."
-        return [name for name in self._shapes if name.startswith(prefix)]
+        found = set(files.tensor_names())
+        self._stored = {
+            name: [StoredPart(name, shape)] if name in found else parts.stored_parts(name, shape)
+            for name, shape in self._shapes.items()
+        }
+        self._check_names(found)
 
     def bytes_of(self, parts: Iterable[str]) -> int:
         """Bytes that `fill` reads for these parts, as stored."""
         total = 0
         for part in parts:
-            for name in self.tensors_of(part):
-                info = self._files.tensor_info(name)
-                total += info.end - info.begin
+            for name in self._tensors_of(part):
+                for stored in self._stored[name]:
+                    total += self._files.tensor_info(stored.name).size
         return total
 
     def fill(self, part: str) -> nn.Module:
@@ -68,9 +68,10 @@ class StageCheckpoint:
             UnsupportedModel: a tensor is stored quantised.
         """
         prefix = f"{self._source(part)}."
-        state = {name.removeprefix(prefix): self._read(name) for name in self.tensors_of(part)}
+        state = {name.removeprefix(prefix): self._read(name) for name in self._tensors_of(part)}
         module = self.parts.part(part)
         module.load_state_dict(state, strict=True, assign=True)
+        _rebuild_buffers(module)
         module.requires_grad_(False)
         left = [name for name, tensor in _tensors(module) if tensor.is_meta]
         if left:
@@ -80,30 +81,44 @@ class StageCheckpoint:
             )
         return module
 
+    def _tensors_of(self, part: str) -> list[str]:
+        """The model's names of the tensors of one of its parts."""
+        prefix = f"{self._source(part)}."
+        return [name for name in self._shapes if name.startswith(prefix)]
+
     def _source(self, part: str) -> str:
         """The part under whose name the checkpoint stores this part's tensors."""
         tied = part == DecoderParts.HEAD and self.parts.tied
         return DecoderParts.EMBEDDING if tied else part
 
     def _read(self, name: str) -> torch.Tensor:
-        info = self._files.tensor_info(name)
+        parts = self._stored[name]
+        if not parts[0].place:
+            return self._read_part(parts[0])
+        whole = torch.empty(self._shapes[name], dtype=self._dtype)
+        for part in parts:
+            whole[part.place] = self._read_part(part)
+        return whole
+
+    def _read_part(self, part: StoredPart) -> torch.Tensor:
+        info = self._files.tensor_info(part.name)
         dtype = _DTYPES.get(info.dtype)
         if dtype is None:
             raise UnsupportedModel(
-                f"tensor {name}: expected a dtype of {sorted(_DTYPES)}, found {info.dtype}; "
+                f"tensor {part.name}: expected a dtype of {sorted(_DTYPES)}, found {info.dtype}; "
                 "quantised checkpoints are not supported"
             )
-        if tuple(info.shape) != self._shapes[name]:
+        if tuple(info.shape) != part.shape:
             raise CheckpointMismatch(
-                f"tensor {name}: expected shape {list(self._shapes[name])} by config.json, "
+                f"tensor {part.name}: expected shape {list(part.shape)} by config.json, "
                 f"found {list(info.shape)}"
             )
         # read_tensor hands over a buffer of its own, so the tensor may share it.
-        stored = torch.frombuffer(self._files.read_tensor(name), dtype=dtype)
-        return stored.view(self._shapes[name]).to(self._dtype)
+        stored = torch.frombuffer(self._files.read_tensor(part.name), dtype=dtype)
+        return stored.view(part.shape).to(self._dtype)
 
-    def _check_names(self) -> None:
-        found = set(self._files.tensor_names())
+    def _check_names(self, found: set[str]) -> None:
+        expected = {part.name for parts in self._stored.values() for part in parts}
         head = f"{DecoderParts.HEAD}.weight"
         embedding = f"{DecoderParts.EMBEDDING}.weight"
         if self.parts.tied and {head, embedding} <= found:
@@ -112,11 +127,9 @@ class StageCheckpoint:
                     f"tensors {head} and {embedding}: config.json ties them, "
                     "the checkpoint holds two different ones; set tie_word_embeddings to false"
                 )
-            found.discard(head)
-        missing = sorted(self._shapes.keys() - found)
-        unexpected = sorted(
-            name for name in found - self._shapes.keys() if not _IGNORED.fullmatch(name)
-        )
+            found = found - {head}
+        missing = sorted(expected - found)
+        unexpected = sorted(name for name in found - expected if not _IGNORED.fullmatch(name))
         if missing:
             raise CheckpointMismatch(f"tensors missing from the checkpoint: {_some(missing)}")
         if unexpected:
@@ -146,6 +159,14 @@ def open_checkpoint(files: ModelFiles, settings: StageSettings) -> StageCheckpoi
             f"max_context: expected at most the model's {config.max_position_embeddings} "
             f"positions, found {settings.max_context}; plan with a shorter context"
         )
+    border = longrope_border(config)
+    if border is not None and settings.max_context > border:
+        raise UnsupportedModel(
+            f"max_context: longrope: expected at most the {border} positions of "
+            f"original_max_position_embeddings, found {settings.max_context}; a longer sequence "
+            "is another one from its first position on, so that what is cached of it would be "
+            "wrong; plan with a shorter context"
+        )
     return StageCheckpoint(files, family.decoder_on_meta(config), settings)
 
 
@@ -163,6 +184,13 @@ class ProgressCount:
         self._done += count
         if self._listener is not None:
             self._listener(self._done, self._total)
+
+
+def _rebuild_buffers(module: nn.Module) -> None:
+    """Gives values to buffers that no checkpoint holds: the factor on Gemma's embeddings."""
+    scale = getattr(module, "scalar_embed_scale", None)
+    if isinstance(scale, float):
+        module.embed_scale = torch.tensor(scale)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -26,6 +26,7 @@ class Ends:
     def __init__(
         self, checkpoint: StageCheckpoint, settings: StageSettings, progress: ProgressCount
     ) -> None:
+        self._parts = checkpoint.parts
         self._embedding: nn.Module | None = None
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -64,12 +65,18 @@ class Ends:
                 "the tokenizer does not belong to this model"
             )
         hidden_TD: torch.Tensor = self._embedding(torch.tensor(list(token_ids)))
-        return hidden_TD
+        return self._parts.scale_embeddings(hidden_TD)
+
+    @torch.inference_mode()
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] in float32, as the model returns them; last stage only."""
+        assert self._norm is not None and self._head is not None, "only the last stage samples"
+        logits_SV: torch.Tensor = self._head(self._norm(hidden_SD))
+        return self._parts.scale_logits(logits_SV).float()
 
     @torch.inference_mode()
     def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> tuple[int, ...]:
         """One token id per sequence that asks for one, in the order of the header."""
-        assert self._norm is not None and self._head is not None, "only the last stage samples"
         rows, parameters, positions = [], [], []
         row = -1
         for sequence in header.sequences:
@@ -80,5 +87,5 @@ class Ends:
                 positions.append(sequence.start + sequence.count)
         if not rows:
             return ()
-        logits_SV = self._head(self._norm(hidden_TD[torch.tensor(rows)])).float()
+        logits_SV = self.logits(hidden_TD[torch.tensor(rows)])
         return tuple(sample(logits_SV, parameters, positions))

@@ -10,6 +10,7 @@ from torch import nn
 
 from runtime.stage import attention
 from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
+from runtime.stage.dense_layer import rotation_name
 from runtime.stage.kv_cache import PagedCache
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
@@ -52,15 +53,15 @@ class LayerStack:
         config = checkpoint.parts.config
         config._attn_implementation = attention.NAME
         indices = range(settings.first_layer, settings.last_layer)
-        self._layers: list[nn.Module] = []
+        self._layers: list[tuple[nn.Module, str]] = []
         for index in indices:
             name = checkpoint.parts.layer_name(index)
             layer = checkpoint.fill(name)
             if prepare is not None:
                 prepare(layer)
-            self._layers.append(layer)
+            self._layers.append((layer, rotation_name(config, index)))
             progress.add(checkpoint.bytes_of([name]))
-        self._rotary = checkpoint.parts.rotary()
+        self._rotations = checkpoint.parts.rotations(indices)
         head_size = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
@@ -78,13 +79,13 @@ class LayerStack:
         """See `Layers`."""
         step = attention.PagedStep(self._cache, header)
         hidden_1TD = hidden_TD[None]
-        rotation = self._rotary(hidden_1TD, position_ids=step.positions_1T)
-        for layer in self._layers:
+        rotations = self._rotations.at(hidden_1TD, step.positions_1T)
+        for layer, rotation in self._layers:
             hidden_1TD = layer(
                 hidden_1TD,
                 attention_mask=None,
                 position_ids=step.positions_1T,
-                position_embeddings=rotation,
+                position_embeddings=rotations[rotation],
                 paged_step=step,
             )
         return hidden_1TD[0]

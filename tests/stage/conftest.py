@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Writes each variant once."""
-    from stage_models import VARIANTS
+    from stage_variants import VARIANTS
 
     written: dict[str, Path] = {}
 

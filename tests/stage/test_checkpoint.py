@@ -114,10 +114,33 @@ def test_a_tied_head_that_is_stored_twice(changed: Callable[..., ModelFiles]) ->
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*quantised"),
         ({"model_type": "gpt2"}, "model_type: expected one of .*found 'gpt2'"),
         ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5': it is an encoder-decoder"),
+        ({"model_type": "gemma3", "vision_config": {"x": 1}}, "'gemma3': it is multimodal"),
+        ({"model_type": "mamba", "state_size": 16}, "'mamba': it is a state-space model"),
+        ({"model_type": "falcon_h1", "mamba_d_state": 16}, "hybrid.*has mamba_d_state"),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 5}, "reuse keys and values"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 8}, "latent attention"),
+        (
+            {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            r"layer_types \['conv'\] are no softmax attention",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type.*found 'dynamic'",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 128,
+                }
+            },
+            "max_context: longrope: expected at most the 128 positions .*found 256",
         ),
         ({"max_position_embeddings": 128}, "max_context: expected at most the model's 128"),
     ],

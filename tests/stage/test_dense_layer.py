@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import random_model
-from stage_models import VARIANTS
+from stage_variants import VARIANTS
 from torch import nn
 from torch.nn import functional
 
@@ -14,9 +14,9 @@ from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer, rotat
 
 TOKENS = torch.arange(40)[None] * 7 % 95
 DESCRIBED = (
-    "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "llama", "llama3-rope",
-    "ministral", "mistral", "mistral-window", "olmo2", "olmo3", "phi3", "qwen2", "qwen2-window",
-    "qwen3", "seed_oss", "smollm3",
+    "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "linear-rope", "llama",
+    "llama3-rope", "longrope", "longrope-llama", "ministral", "mistral", "mistral-window", "olmo2",
+    "olmo3", "phi3", "qwen2", "qwen2-window", "qwen3", "seed_oss", "smollm3", "yarn",
 )  # fmt: skip
 
 

@@ -136,8 +136,8 @@ def test_attention_refuses_what_it_does_not_know() -> None:
     encoder = nn.Module()
     encoder.layer_idx, encoder.is_causal = 0, False
     for changes, text in (
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"head_mask": torch.ones(2)}, "head_mask"),
+        ({"chunk_size": 8}, "chunk_size"),
         ({"is_causal": False}, "is_causal"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.zeros(1)}, "no mask"),
