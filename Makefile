@@ -35,7 +35,8 @@ $(VENV)/.torch: $(VENV)/.made constraints.txt
 	$(BIN)/pip install $(TORCH)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
+# The native decoder is compiled here.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt $(wildcard runtime/stage/native/*.cpp runtime/stage/native/*.h)
 	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 

@@ -10,6 +10,8 @@ from torch import nn
 from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.errors import StepRefused
 from runtime.stage.families import DecoderParts
+from runtime.stage.native.library import Team
+from runtime.stage.native.stack import PackedLinear
 from runtime.stage.sampler import sample
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
@@ -21,15 +23,28 @@ class Ends:
     """The parts of the model outside its layers, as far as this stage has them.
 
     Where the head is tied and the stage is first and last, both are one tensor.
+
+    Args:
+        checkpoint: of the model.
+        settings: of the stage.
+        progress: told what is read.
+        team: of the native decoder, which then multiplies by the head.
     """
 
     def __init__(
-        self, checkpoint: StageCheckpoint, settings: StageSettings, progress: ProgressCount
+        self,
+        checkpoint: StageCheckpoint,
+        settings: StageSettings,
+        progress: ProgressCount,
+        team: Team | None = None,
     ) -> None:
         self._parts = checkpoint.parts
         self._embedding: nn.Module | None = None
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
+        self._packed: PackedLinear | None = None
+        # The head's weight, where the embedding has it too: each step's rows are taken from it.
+        self._shared: PackedLinear | None = None
         self._vocabulary = int(checkpoint.parts.config.vocab_size)
         if settings.is_first:
             self._embedding = checkpoint.fill(DecoderParts.EMBEDDING)
@@ -38,12 +53,20 @@ class Ends:
             return
         self._norm = checkpoint.fill(DecoderParts.NORM)
         progress.add(checkpoint.bytes_of([DecoderParts.NORM]))
-        if checkpoint.parts.tied and self._embedding is not None:
-            self._head = checkpoint.parts.part(DecoderParts.HEAD)
-            self._head.weight = self._embedding.weight
-        else:
-            self._head = checkpoint.fill(DecoderParts.HEAD)
+        head = self._embedding
+        if not checkpoint.parts.tied or head is None:
+            head = checkpoint.fill(DecoderParts.HEAD)
             progress.add(checkpoint.bytes_of([DecoderParts.HEAD]))
+        if team is None or getattr(head, "bias", None) is not None:
+            self._head = checkpoint.parts.part(DecoderParts.HEAD)
+            self._head.weight = head.weight
+            return
+        self._packed = PackedLinear(team, head.get_parameter("weight"))
+        head.register_parameter("weight", None)
+        if isinstance(head, nn.Embedding):
+            # What else an embedding does to its rows (Gemma scales them) is still its own.
+            head.padding_idx = None
+            self._shared = self._packed
 
     @staticmethod
     def parts_of(checkpoint: StageCheckpoint, settings: StageSettings) -> list[str]:
@@ -58,20 +81,28 @@ class Ends:
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Hidden states [T, D]. Raises StepRefused for an id outside the vocabulary."""
-        assert self._embedding is not None, "only the first stage embeds"
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             raise StepRefused(
                 f"token ids: expected 0 to {self._vocabulary - 1}, found one outside; "
                 "the tokenizer does not belong to this model"
             )
-        hidden_TD: torch.Tensor = self._embedding(torch.tensor(list(token_ids)))
+        assert self._embedding is not None, "only the first stage embeds"
+        ids_T = torch.tensor(list(token_ids))
+        if self._shared is not None:
+            self._embedding.weight = nn.Parameter(self._shared.rows(ids_T), requires_grad=False)
+            ids_T = torch.arange(len(ids_T))
+        hidden_TD: torch.Tensor = self._embedding(ids_T)
         return self._parts.scale_embeddings(hidden_TD)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] in float32, as the model returns them; last stage only."""
-        assert self._norm is not None and self._head is not None, "only the last stage samples"
-        logits_SV: torch.Tensor = self._head(self._norm(hidden_SD))
+        assert self._norm is not None, "only the last stage samples"
+        normed_SD: torch.Tensor = self._norm(hidden_SD)
+        if self._packed is not None:
+            return self._parts.scale_logits(self._packed(normed_SD))
+        assert self._head is not None, "the last stage has a head"
+        logits_SV: torch.Tensor = self._head(normed_SD)
         return self._parts.scale_logits(logits_SV).float()
 
     @torch.inference_mode()

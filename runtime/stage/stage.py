@@ -11,6 +11,7 @@ from runtime.stage.checkpoint import ProgressCount, open_checkpoint
 from runtime.stage.ends import Ends
 from runtime.stage.errors import NonFinite, StepRefused
 from runtime.stage.layers import Layers, LayerStack
+from runtime.stage.native.stack import NativeLayers, open_team
 from runtime.stage.settings import Progress, StageSettings
 from security.channel.frame import StepHeader
 
@@ -50,14 +51,24 @@ class StageRunner:
         count = ProgressCount(
             checkpoint.bytes_of([*Ends.parts_of(checkpoint, settings), *layer_names]), progress
         )
-        self._ends = Ends(checkpoint, settings, count)
+        self._team = open_team(checkpoint, settings)
+        self._ends = Ends(checkpoint, settings, count, self._team)
         self._layers: Layers
-        if settings.tp == 1:
+        if self._team is not None:
+            self._layers = NativeLayers(checkpoint, settings, count, self._team)
+        elif settings.tp == 1:
             self._layers = LayerStack(checkpoint, settings, count)
         else:
             from runtime.stage.tensor_parallel import TensorParallelGroup
 
             self._layers = TensorParallelGroup(files, checkpoint, settings, count)
+
+    @property
+    def backend(self) -> str:
+        """What computes the layers, for the log: "native", "torch" or "tensor parallel"."""
+        if self._team is not None:
+            return "native"
+        return "torch" if self._settings.tp == 1 else "tensor parallel"
 
     def forward(
         self,
@@ -123,6 +134,8 @@ class StageRunner:
     def close(self) -> None:
         """Ends rank processes and lets go of the weights; may be called twice."""
         self._layers.close()
+        if self._team is not None:
+            self._team.close()
 
     def _check_places(self, header: StepHeader) -> None:
         # Frames from the network are checked when decoded; the head's own steps come here first.

@@ -71,4 +71,15 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 11}),
+    **{
+        f"{family}-wider": (family, {"head_dim": 32})
+        for family in ("gemma", "gemma2", "gemma3_text")
+    },
 }
+
+# Those whose layers `describe_layer` describes, so that the native decoder computes them.
+DESCRIBED = (
+    "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "linear-rope", "llama",
+    "llama3-rope", "longrope", "longrope-llama", "ministral", "mistral", "mistral-window", "olmo2",
+    "olmo3", "phi3", "qwen2", "qwen2-window", "qwen3", "seed_oss", "smollm3", "yarn",
+)  # fmt: skip

@@ -6,18 +6,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import random_model
-from stage_variants import VARIANTS
+from stage_variants import DESCRIBED, VARIANTS
 from torch import nn
 from torch.nn import functional
 
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer, rotation_name
 
 TOKENS = torch.arange(40)[None] * 7 % 95
-DESCRIBED = (
-    "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "linear-rope", "llama",
-    "llama3-rope", "longrope", "longrope-llama", "ministral", "mistral", "mistral-window", "olmo2",
-    "olmo3", "phi3", "qwen2", "qwen2-window", "qwen3", "seed_oss", "smollm3", "yarn",
-)  # fmt: skip
 
 
 def plain_norm(norm: RmsNorm | None, x: torch.Tensor) -> torch.Tensor:

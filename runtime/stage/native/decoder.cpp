@@ -1,0 +1,474 @@
+// One stage of a dense decoder: all layers of a step in one call.
+//
+// Why not a tensor library: between the products of a decoder layer stand a dozen small operations.
+// Called one by one from Python they cost more than the arithmetic of a small batch, hold the
+// interpreter's lock in turns, and read the cache at a fraction of memory speed. Here one call runs
+// a team of threads through all layers.
+//
+// Nothing here checks its arguments: callers (native/stack.py) pass only checked steps.
+
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "team.h"
+#include "tiles.h"
+#include "vectors.h"
+
+namespace bulkhead {
+namespace {
+
+// -- linears --------------------------------------------------------------------------------------
+
+enum class Into { STORE, ADD, GATE, LOGITS };
+
+// Rows to multiply, and where the products go. `rows` has room for a multiple of 32 rows.
+template <class T> struct Product {
+    const T *rows;
+    int64_t count;
+    Into into;
+    T *output;               // STORE, ADD (added to): [count, outputs]; GATE: [count, outputs / 2]
+    float *logits = nullptr; // LOGITS: [count, outputs]
+    float multiplier = 1;    // ADD: of what is added
+    bool gelu = false;       // GATE
+};
+
+// Takes the sums of one pair of tiles to their place.
+template <class T>
+void finish(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row, int rows,
+            const float *sums) {
+    int64_t column = panel * WIDTH;
+    for (int half = 0; half < 2; half++, column += LANES) {
+        if (column >= linear.outputs) return;
+        const int64_t left = linear.outputs - column;
+        const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
+        const __m512 bias = linear.bias ? _mm512_maskz_loadu_ps(mask, linear.bias + column)
+                                        : _mm512_setzero_ps();
+        for (int r = 0; r < rows; r++) {
+            __m512 sum = _mm512_add_ps(load(sums + r * WIDTH + half * LANES), bias);
+            if (product.into == Into::LOGITS) {
+                _mm512_mask_storeu_ps(product.logits + (row + r) * linear.outputs + column, mask,
+                                      sum);
+                continue;
+            }
+            // Every width inside a layer is a multiple of 16 (native/stack.py).
+            T *to = product.output + (row + r) * linear.outputs + column;
+            if (product.into == Into::ADD)
+                sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(product.multiplier), load(to));
+            store(to, sum);
+        }
+    }
+}
+
+// The first tile of a pair holds gates, the second the values that they are multiplied with.
+template <class T>
+void finish_gates(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row,
+                  int rows, const float *sums) {
+    const float *bias = linear.bias ? linear.bias + panel * WIDTH : nullptr;
+    for (int r = 0; r < rows; r++) {
+        __m512 gate = load(sums + r * WIDTH), up = load(sums + r * WIDTH + LANES);
+        if (bias) {
+            gate = _mm512_add_ps(gate, load(bias));
+            up = _mm512_add_ps(up, load(bias + LANES));
+        }
+        store(product.output + (row + r) * (linear.outputs / 2) + panel * LANES,
+              _mm512_mul_ps(product.gelu ? gelu_tanh(gate) : silu(gate), up));
+    }
+}
+
+// What each thread needs for itself.
+struct Scratch {
+    std::vector<float> sums;
+    float *room(int64_t rows) {
+        const size_t floats = round_up(rows, 2 * AMX_ROWS) * WIDTH;
+        if (sums.size() < floats) sums.resize(floats);
+        return sums.data();
+    }
+};
+
+// Panels of 32 columns are shared out; a panel stays in the second-level cache for all rows, and
+// the next one is brought there meanwhile.
+template <class T>
+void multiply_panels(const Linear &linear, const Product<T> &product, bool amx, Tickets &tickets,
+                     size_t phase, Scratch &scratch) {
+    constexpr int AMX_LEAST = 4; // fewer rows are bound by memory either way
+    const int units = int(linear.inputs / PER_UNIT<T>);
+    const int64_t panels = divide_up(linear.outputs, WIDTH);
+    const size_t row_bytes = linear.inputs * sizeof(T);
+    amx = amx && product.count >= AMX_LEAST && units % AMX_UNITS == 0;
+    const int at_once = amx ? 2 * AMX_ROWS : ROWS;
+    const int passes = int(divide_up(product.count, at_once));
+    // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
+    const int run = passes > 1 ? (amx ? UNITS_IN_L1 / 2 : UNITS_IN_L1) : units;
+    const char *tiles = (const char *)linear.tiles;
+    const size_t panel_bytes = size_t(units) * 2 * LINE;
+    float *all_sums = scratch.room(product.count);
+
+    int64_t panel = tickets.take(phase);
+    while (panel < panels) {
+        const int64_t next = tickets.take(phase);
+        const char *ahead = tiles + std::min(next, panels - 1) * panel_bytes;
+        const char *first = tiles + panel * panel_bytes, *second = first + size_t(units) * LINE;
+        for (int unit = 0; unit < units; unit += run) {
+            const int length = std::min(run, units - unit);
+            const char *l = first + size_t(unit) * LINE, *h = second + size_t(unit) * LINE;
+            int pass = 0;
+            for (int64_t row = 0; row < product.count; pass++) {
+                const char *rows =
+                    (const char *)(product.rows + row * linear.inputs) + unit * UNIT;
+                float *sums = all_sums + row * WIDTH;
+                const int left = int(std::min<int64_t>(product.count - row, 1 << 20));
+                int count;
+                if (amx) {
+                    count = std::min(left, at_once);
+                    const char *wanted = pass == 0 ? ahead : nullptr;
+                    (count > AMX_ROWS ? amx_multiply<2> : amx_multiply<1>)(
+                        rows, row_bytes, l, h, length, sums, unit > 0, wanted);
+                    if (wanted) ahead += size_t(length) * 2 * LINE;
+                } else {
+                    count = rows_at_once(left);
+                    const int lines = passes == 1 ? 2 : pass < 2 ? 1 : 0;
+                    kernel<T>(count)(rows, row_bytes, &l, &h, 1, length, sums, unit > 0,
+                                     {ahead, lines});
+                    ahead += size_t(length) * lines * LINE;
+                }
+                if (unit + length == units) {
+                    if (product.into == Into::GATE)
+                        finish_gates(linear, product, panel, row, count, sums);
+                    else
+                        finish(linear, product, panel, row, count, sums);
+                }
+                row += count;
+            }
+        }
+        panel = next;
+    }
+}
+
+// -- rows -----------------------------------------------------------------------------------------
+
+// Root mean square norm (Zhang and Sennrich, arXiv 1910.07467).
+template <class T>
+void norm(const T *from, T *to, const float *weight, int64_t size, float epsilon) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += LANES) {
+        __m512 x = load(from + i);
+        squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    const float mean = _mm512_reduce_add_ps(squares) / float(size);
+    const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
+    for (int64_t i = 0; i < size; i += LANES)
+        store(to + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
+}
+
+// The rotary embedding on the two halves of one head's first `size` elements (arXiv 2104.09864).
+template <class T> void rotate(T *head, const float *cosine, const float *sine, int64_t size) {
+    const int64_t half = size / 2;
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        __m512 a = load(head + i), b = load(head + half + i);
+        __m512 c = load(cosine + i), s = load(sine + i);
+        store(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        store(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+    for (; i < half; i++) {
+        float a = number(head[i]), b = number(head[half + i]);
+        head[i] = narrow<T>(a * cosine[i] - b * sine[i]);
+        head[half + i] = narrow<T>(b * cosine[i] + a * sine[i]);
+    }
+}
+
+// One column of a key tile: a unit is a unit of the head.
+template <class T> void store_key(const T *key, T *group, int64_t size, int offset) {
+    for (int64_t unit = 0; unit < size / PER_UNIT<T>; unit++)
+        std::memcpy((char *)group + unit * LINE + offset * UNIT, (const char *)key + unit * UNIT,
+                    UNIT);
+}
+
+// One position of value tiles: a row of their units in float32, every other element in bfloat16.
+inline void store_value(const float *value, float *group, int64_t size, int offset) {
+    for (int64_t i = 0; i < size; i += LANES)
+        store(group + i * LANES + offset * LANES, load(value + i));
+}
+
+inline void store_value(const bfloat16 *value, bfloat16 *group, int64_t size, int offset) {
+    const bool odd = offset % 2;
+    const __mmask32 mask = odd ? 0xaaaaaaaa : 0x55555555;
+    for (int64_t i = 0; i < size; i += LANES) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(value + i)));
+        if (odd) wide = _mm512_slli_epi32(wide, 16);
+        _mm512_mask_storeu_epi16(group + i * LANES + offset / 2 * 2 * LANES, mask, wide);
+    }
+}
+
+// -- a stage --------------------------------------------------------------------------------------
+
+class Stage {
+  public:
+    virtual ~Stage() = default;
+    virtual void rotate_by(int64_t layer, const float *cosines, const float *sines) = 0;
+    virtual void forward(Team &team, const Step &step, void *hidden) = 0;
+};
+
+template <class T> class TypedStage final : public Stage {
+  public:
+    TypedStage(const Shape &shape, const Layer *layers, int64_t count)
+        : shape_(shape), layers_(layers, layers + count) {}
+
+    void rotate_by(int64_t layer, const float *cosines, const float *sines) override {
+        layers_[layer].cosines = cosines;
+        layers_[layer].sines = sines;
+    }
+
+    void forward(Team &team, const Step &step, void *rows) override {
+        T *hidden = (T *)rows;
+        prepare(team, step);
+        const std::vector<Attend> parts = attend_parts(step);
+        Tickets tickets(layers_.size() * PHASES);
+        team.run([&](int me) {
+            AmxTiles registers(shape_.amx);
+            Work work{team, step, tickets, scratch_[me], 0};
+            for (const Layer &layer : layers_) run(layer, parts, *attention_[me], hidden, work);
+        });
+    }
+
+  private:
+    static constexpr size_t PHASES = 10; // of a layer
+
+    struct Place {
+        int32_t sequence, position;
+    };
+
+    // One thread's way through the phases; all threads take the same way.
+    struct Work {
+        Team &team;
+        const Step &step;
+        Tickets &tickets;
+        Scratch &scratch;
+        size_t phase;
+
+        template <class Part> void share(int64_t count, Part part) {
+            for (int64_t i; (i = tickets.take(phase)) < count;) part(i);
+            phase++;
+        }
+    };
+
+    void prepare(const Team &team, const Step &step) {
+        const int64_t rows = round_up(step.tokens, 2 * AMX_ROWS);
+        const int64_t heads = shape_.heads + 2 * shape_.key_heads;
+        for (auto [buffer, width] : {std::pair{&normed_, shape_.hidden},
+                                     {&mixed_, heads * shape_.head_size},
+                                     {&attended_, shape_.heads * shape_.head_size},
+                                     {&active_, shape_.intermediate},
+                                     {&added_, shape_.hidden}})
+            if (int64_t(buffer->size()) < rows * width) buffer->resize(rows * width);
+        while (int(attention_.size()) < team.size())
+            attention_.push_back(std::make_unique<Attention<T>>(shape_));
+        scratch_.resize(team.size());
+        places_.clear();
+        for (int32_t s = 0; s < step.sequences; s++)
+            for (int32_t i = 0; i < step.counts[s]; i++)
+                places_.push_back({s, step.starts[s] + i});
+    }
+
+    // Longest first: with parts of unlike length the last to be taken should be short.
+    std::vector<Attend> attend_parts(const Step &step) const {
+        const int at_once = Attention<T>::tokens_at_once(shape_);
+        std::vector<Attend> parts;
+        int32_t row = 0;
+        for (int32_t s = 0; s < step.sequences; row += step.counts[s++])
+            for (int32_t first = 0; first < step.counts[s]; first += at_once)
+                for (int32_t head = 0; head < shape_.key_heads; head++)
+                    parts.push_back({s, row + first, std::min(at_once, step.counts[s] - first), head,
+                                     step.starts[s] + first});
+        std::stable_sort(parts.begin(), parts.end(), [](const Attend &a, const Attend &b) {
+            return int64_t(a.count) * (a.position + a.count) >
+                   int64_t(b.count) * (b.position + b.count);
+        });
+        return parts;
+    }
+
+    void run(const Layer &layer, const std::vector<Attend> &parts, Attention<T> &attention,
+             T *hidden, Work &work) {
+        const int64_t tokens = work.step.tokens;
+        const T *rows = normed(layer.before_attention, hidden, work);
+        multiply(layer.query_key_value, {rows, tokens, Into::STORE, mixed_.data()}, work);
+        work.share(tokens, [&](int64_t t) { place(layer, work.step, t); });
+        work.team.barrier();
+        work.share(parts.size(), [&](int64_t p) {
+            attention(layer, work.step, parts[p], mixed_.data(), attended_.data());
+        });
+        work.team.barrier();
+        add(layer.attention_output, attended_.data(), layer.after_attention, hidden, work);
+        rows = normed(layer.before_mlp, hidden, work);
+        Product<T> gates{rows, tokens, Into::GATE, active_.data()};
+        gates.gelu = shape_.gelu;
+        multiply(layer.gate_up, gates, work);
+        add(layer.down, active_.data(), layer.after_mlp, hidden, work);
+    }
+
+    void multiply(const Linear &linear, const Product<T> &product, Work &work) {
+        multiply_panels(linear, product, shape_.amx && sizeof(T) == 2, work.tickets, work.phase++,
+                        work.scratch);
+        work.team.barrier();
+    }
+
+    // Rows as products take them: normed where the layer says so, with room to a multiple of 32.
+    const T *normed(const float *weight, const T *hidden, Work &work) {
+        const int64_t size = shape_.hidden;
+        work.share(work.step.tokens, [&](int64_t t) {
+            const T *from = hidden + t * size;
+            T *to = normed_.data() + t * size;
+            if (weight)
+                norm(from, to, weight, size, shape_.epsilon);
+            else
+                std::copy_n(from, size, to);
+        });
+        work.team.barrier();
+        return normed_.data();
+    }
+
+    // hidden += multiplier * norm(linear(rows)), without the norm where there is none.
+    void add(const Linear &linear, const T *rows, const float *after, T *hidden, Work &work) {
+        const int64_t size = shape_.hidden;
+        Product<T> product{rows, work.step.tokens, Into::ADD, hidden};
+        product.multiplier = shape_.residual_multiplier;
+        if (after) {
+            product.into = Into::STORE;
+            product.output = added_.data();
+        }
+        multiply(linear, product, work);
+        if (!after) return;
+        const __m512 multiplier = _mm512_set1_ps(shape_.residual_multiplier);
+        work.share(work.step.tokens, [&](int64_t t) {
+            T *from = added_.data() + t * size, *to = hidden + t * size;
+            norm(from, from, after, size, shape_.epsilon);
+            for (int64_t i = 0; i < size; i += LANES)
+                store(to + i, _mm512_fmadd_ps(load(from + i), multiplier, load(to + i)));
+        });
+        work.team.barrier();
+    }
+
+    // Norms and rotates one row's queries and keys, and writes keys and values to the cache.
+    void place(const Layer &layer, const Step &step, int64_t row) {
+        const int64_t size = shape_.head_size, heads = shape_.heads, key_heads = shape_.key_heads;
+        T *query = mixed_.data() + row * (heads + 2 * key_heads) * size;
+        T *key = query + heads * size, *value = key + key_heads * size;
+        if (layer.query_norm && shape_.wide_head_norm) {
+            norm(query, query, layer.query_norm, heads * size, shape_.epsilon);
+            norm(key, key, layer.key_norm, key_heads * size, shape_.epsilon);
+        } else if (layer.query_norm) {
+            for (int64_t h = 0; h < heads; h++)
+                norm(query + h * size, query + h * size, layer.query_norm, size, shape_.epsilon);
+            for (int64_t h = 0; h < key_heads; h++)
+                norm(key + h * size, key + h * size, layer.key_norm, size, shape_.epsilon);
+        }
+        const Place at = places_[row];
+        const int64_t pair = int64_t(at.position) * layer.rotary_size / 2;
+        if (layer.rotary_size)
+            for (int64_t h = 0; h < heads + key_heads; h++)
+                rotate(query + h * size, layer.cosines + pair, layer.sines + pair,
+                       layer.rotary_size);
+
+        const int64_t block = step.blocks[step.tables[at.sequence] + at.position / shape_.block_size];
+        const int64_t group =
+            block * (shape_.block_size / LANES) + at.position % shape_.block_size / LANES;
+        for (int64_t h = 0; h < key_heads; h++) {
+            const int64_t offset = (group * key_heads + h) * size * LANES;
+            store_key(key + h * size, (T *)layer.keys + offset, size, at.position % LANES);
+            store_value(value + h * size, (T *)layer.values + offset, size, at.position % LANES);
+        }
+    }
+
+    const Shape shape_;
+    std::vector<Layer> layers_;
+    std::vector<Scratch> scratch_;
+    std::vector<std::unique_ptr<Attention<T>>> attention_;
+    std::vector<T> normed_, mixed_, attended_, active_, added_;
+    std::vector<Place> places_;
+};
+
+template <class T>
+void project(Team &team, const Linear &linear, bool amx, const T *rows, int64_t count,
+             float *logits) {
+    std::vector<T> padded(round_up(count, 2 * AMX_ROWS) * linear.inputs);
+    std::copy_n(rows, count * linear.inputs, padded.data());
+    Product<T> product{padded.data(), count, Into::LOGITS, nullptr};
+    product.logits = logits;
+    Tickets tickets(1);
+    team.run([&](int) {
+        AmxTiles registers(amx && sizeof(T) == 2);
+        Scratch scratch;
+        multiply_panels(linear, product, amx && sizeof(T) == 2, tickets, 0, scratch);
+    });
+}
+
+} // namespace
+} // namespace bulkhead
+
+// -- the interface --------------------------------------------------------------------------------
+
+extern "C" {
+
+using namespace bulkhead;
+
+// Whether this process may use the tile registers; the processor must have AMX.
+int bulkhead_amx() { return amx_permitted(); }
+
+// Changes with anything that native/library.py must know.
+int bulkhead_abi() { return 1; }
+
+// Tiles of a weight [outputs, inputs]; see pack.
+void bulkhead_pack(void *team, int bfloat, const void *weight, int64_t outputs, int64_t inputs,
+                   void *tiles) {
+    if (bfloat)
+        pack(*static_cast<Team *>(team), (const bfloat16 *)weight, outputs, inputs,
+             (bfloat16 *)tiles);
+    else
+        pack(*static_cast<Team *>(team), (const float *)weight, outputs, inputs, (float *)tiles);
+}
+
+// rows [count, inputs] = rows `ids` of the matrix that was packed: an embedding that shares the head's tiles.
+void bulkhead_unpack(int bfloat, const void *tiles, int64_t inputs, const int64_t *ids,
+                     int64_t count, void *rows) {
+    for (int64_t i = 0; i < count; i++)
+        if (bfloat)
+            unpack((const bfloat16 *)tiles, inputs, ids[i], (bfloat16 *)rows + i * inputs);
+        else
+            unpack((const float *)tiles, inputs, ids[i], (float *)rows + i * inputs);
+}
+
+void *bulkhead_team_new(int size) { return new Team(size); }
+
+void bulkhead_team_free(void *team) { delete static_cast<Team *>(team); }
+
+// logits [count, outputs] = rows [count, inputs] times the packed weight.
+void bulkhead_project(void *team, int bfloat, int amx, const Linear *linear, const void *rows,
+                      int64_t count, float *logits) {
+    if (bfloat)
+        project(*static_cast<Team *>(team), *linear, amx, (const bfloat16 *)rows, count, logits);
+    else
+        project(*static_cast<Team *>(team), *linear, false, (const float *)rows, count, logits);
+}
+
+void *bulkhead_stage_new(const Shape *shape, const Layer *layers, int64_t count) {
+    if (shape->bfloat) return static_cast<Stage *>(new TypedStage<bfloat16>(*shape, layers, count));
+    return static_cast<Stage *>(new TypedStage<float>(*shape, layers, count));
+}
+
+void bulkhead_stage_free(void *stage) { delete static_cast<Stage *>(stage); }
+
+// Replaces a layer's rotation tables by longer ones.
+void bulkhead_stage_rotate(void *stage, int64_t layer, const float *cosines, const float *sines) {
+    static_cast<Stage *>(stage)->rotate_by(layer, cosines, sines);
+}
+
+// Adds the layers' work to `hidden` [tokens, hidden] in place.
+void bulkhead_stage_forward(void *stage, void *team, const Step *step, void *hidden) {
+    static_cast<Stage *>(stage)->forward(*static_cast<Team *>(team), *step, hidden);
+}
+}
