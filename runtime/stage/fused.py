@@ -62,8 +62,8 @@ def _parts(config: PretrainedConfig, name: str, fused: nn.Linear) -> list[nn.Lin
             heads * head_size
             for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
         ]
-    weights = fused.weight.detach().split(sizes)
-    biases = [None] * len(sizes) if fused.bias is None else fused.bias.detach().split(sizes)
+    weights = torch.split(fused.weight.detach(), sizes)
+    biases = [None] * len(sizes) if fused.bias is None else torch.split(fused.bias.detach(), sizes)
     return [_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeGuard
+from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -244,6 +244,7 @@ class TensorParallelPlan:
         """
         split_fused(self._config, layer)
         attention = layer.get_submodule("self_attn")
+        head_size = cast("int", attention.head_dim)
         linears = {name: module for name, module in layer.named_modules() if _is_linear(module)}
         for name, module in linears.items():
             style = self._styles.get(name)
@@ -256,9 +257,9 @@ class TensorParallelPlan:
                 )
         for name, parameter in attention.named_parameters():
             owner = f"self_attn.{_path(name)[0]}"
-            if owner not in linears and tuple(parameter.shape) != (attention.head_dim,):
+            if owner not in linears and list(parameter.shape) != [head_size]:
                 raise UnsupportedModel(
-                    f"{type(layer).__name__}.self_attn.{name}: expected [{attention.head_dim}], "
+                    f"{type(layer).__name__}.self_attn.{name}: expected [{head_size}], "
                     f"one head's width, found {list(parameter.shape)}, which belongs to several "
                     "heads and is not sharded; plan its stages with tensor parallelism 1"
                 )
