@@ -8,9 +8,9 @@ runs out of memory on somebody's machine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from placement.plan import ITEM_BYTES, MAX_CONTEXT, MAX_LAYERS
 
@@ -29,7 +29,7 @@ class LayerProfile:
     Attributes:
         weight_bytes: all parameters of the layer.
         replicated_bytes: the part of them that every tensor-parallel rank holds in full (norms,
-            routers, and experts, which tensor parallelism leaves whole).
+            biases that are added to a sum of all ranks, routers and experts).
         kv_bytes_per_token: keys and values of one token.
         flops_per_token: floating-point operations of the layer's linears for one token.
         active_bytes: parameters that one token's step reads (all but the idle experts).
@@ -62,6 +62,7 @@ class ModelProfile:
         vocabulary: rows of the embedding.
         max_context: longest sequence that the model was made for, in tokens.
         parameters: parameters of the whole model, tied ones counted once.
+        tensor_parallel: a stage may shard its layers over ranks.
     """
 
     architecture: str
@@ -79,6 +80,7 @@ class ModelProfile:
     vocabulary: int
     max_context: int
     parameters: int
+    tensor_parallel: bool
 
     def ends_bytes(self, first_layer: int, last_layer: int) -> int:
         """Bytes of embedding, final norm and head in a stage of layers [first, last)."""
@@ -92,47 +94,154 @@ class ModelProfile:
         return total
 
 
+_Flag = bool | tuple[str, bool]
+"""Whether something is there: always so, or the configuration's field and the class's default."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How a family's layer differs from Llama's.
+    """How a family's layer differs from Mistral's.
 
     Attributes:
-        qkv_bias: whether q, k and v have biases; None means the config's ``attention_bias``.
+        qkv_bias: whether q, k and v have biases.
         o_bias: the same for the output projection.
-        head_norms: whether q and k are normalised per head.
-        mlp_bias: whether the MLP may have biases, by the config's ``mlp_bias``.
+        mlp_bias: the same for the MLP.
+        norms: norms of the layer that are as wide as the hidden state.
+        norm_tensors: tensors of each of them and of the final norm: 1, 2 with a bias, or none.
+        query_norms: whether q and k are normalised.
+        wide_query_norms: they have weights for every head, not one set for all heads.
+        sinks: every query head has an attention sink.
+        mlp_matrices: 3 for gate, up and down, 2 for an MLP without a gate.
         experts: the config's name for the number of experts, "" for a dense MLP.
         expert_size: the config's name for the width of an expert.
+        expert_bias: experts and router have biases.
+        shared_expert_size: the config's name for the width of an expert that every token takes
+            through a gate of its own, "" for none.
+        tensor_parallel: stages shard the family; where not, `runtime.stage` refuses to.
         default_kv_heads: KV heads if the config states none; None means as many as heads and -1
             that it must be stated.
         default_head_dim: width of a head if the config states none; None means hidden / heads.
         default_tied: whether head and embedding are tied if the config does not say.
     """
 
-    qkv_bias: bool | None = False
-    o_bias: bool | None = False
-    head_norms: bool = False
-    mlp_bias: bool = False
+    qkv_bias: _Flag = False
+    o_bias: _Flag = False
+    mlp_bias: _Flag = False
+    norms: int = 2
+    norm_tensors: int = 1
+    query_norms: _Flag = False
+    wide_query_norms: bool = False
+    sinks: bool = False
+    mlp_matrices: int = 3
     experts: str = ""
     expert_size: str = ""
+    expert_bias: bool = False
+    shared_expert_size: str = ""
+    tensor_parallel: bool = True
     default_kv_heads: int | None = -1
     default_head_dim: int | None = None
     default_tied: bool = False
 
 
+_ATTENTION_BIAS: Final = ("attention_bias", False)
+_MLP_BIAS: Final = ("mlp_bias", False)
+_GEMMA: Final = _Family(
+    qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, default_head_dim=256, default_tied=True
+)
+_GLM: Final = _Family(qkv_bias=("attention_bias", True), default_head_dim=128)
+_COHERE: Final = _Family(
+    qkv_bias=_ATTENTION_BIAS,
+    o_bias=_ATTENTION_BIAS,
+    norms=1,
+    default_kv_heads=None,
+    default_tied=True,
+)
+_LLAMA: Final = _Family(
+    qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS, default_kv_heads=None
+)
+_OLMO: Final = _Family(
+    qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, norm_tensors=0, default_kv_heads=None
+)
+_OLMO2: Final = replace(
+    _OLMO, norm_tensors=1, query_norms=True, wide_query_norms=True, tensor_parallel=False
+)
 _FAMILIES: Mapping[str, _Family] = MappingProxyType(
     {
-        "llama": _Family(qkv_bias=None, o_bias=None, mlp_bias=True, default_kv_heads=None),
+        "cohere": replace(_COHERE, query_norms=("use_qk_norm", False), wide_query_norms=True),
+        "cohere2": _COHERE,
+        "cwm": _Family(mlp_bias=_MLP_BIAS, default_head_dim=128),
+        "ernie4_5": _Family(
+            qkv_bias=("use_bias", False),
+            o_bias=("use_bias", False),
+            mlp_bias=("use_bias", False),
+            default_head_dim=128,
+            default_tied=True,
+        ),
+        "exaone4": _Family(query_norms=True),
+        "gemma": _GEMMA,
+        "gemma2": replace(_GEMMA, norms=4),
+        "gemma3_text": replace(_GEMMA, norms=4, query_norms=True),
+        "glm": _GLM,
+        "glm4": replace(_GLM, norms=4),
+        "gpt_oss": _Family(
+            qkv_bias=("attention_bias", True),
+            o_bias=("attention_bias", True),
+            sinks=True,
+            experts="num_local_experts",
+            expert_size="intermediate_size",
+            expert_bias=True,
+            tensor_parallel=False,
+            default_head_dim=64,
+        ),
+        "granite": _LLAMA,
+        "helium": _Family(qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS, default_head_dim=128),
+        "llama": _LLAMA,
+        "ministral": _Family(),
         "mistral": _Family(),
+        "mixtral": _Family(
+            experts="num_local_experts", expert_size="intermediate_size", tensor_parallel=False
+        ),
+        "olmo": _OLMO,
+        "olmo2": _OLMO2,
+        "olmo3": _OLMO2,
+        "olmoe": replace(_OLMO2, experts="num_experts", expert_size="intermediate_size"),
+        "phi3": _Family(default_kv_heads=None),
         "qwen2": _Family(qkv_bias=True),
-        "qwen3": _Family(qkv_bias=None, o_bias=None, head_norms=True, default_head_dim=128),
-        "mixtral": _Family(experts="num_local_experts", expert_size="intermediate_size"),
-        "qwen3_moe": _Family(
-            qkv_bias=None,
-            o_bias=None,
-            head_norms=True,
+        "qwen2_moe": _Family(
+            qkv_bias=("qkv_bias", True),
             experts="num_experts",
             expert_size="moe_intermediate_size",
+            shared_expert_size="shared_expert_intermediate_size",
+            tensor_parallel=False,
+        ),
+        "qwen3": _Family(
+            qkv_bias=_ATTENTION_BIAS,
+            o_bias=_ATTENTION_BIAS,
+            query_norms=True,
+            default_head_dim=128,
+        ),
+        "qwen3_moe": _Family(
+            qkv_bias=_ATTENTION_BIAS,
+            o_bias=_ATTENTION_BIAS,
+            query_norms=True,
+            experts="num_experts",
+            expert_size="moe_intermediate_size",
+            tensor_parallel=False,
+        ),
+        "seed_oss": _Family(
+            qkv_bias=("attention_bias", True),
+            o_bias=("attention_out_bias", False),
+            mlp_bias=_MLP_BIAS,
+            default_head_dim=128,
+        ),
+        "smollm3": replace(_LLAMA, default_kv_heads=-1, default_tied=True),
+        "starcoder2": _Family(
+            qkv_bias=("use_bias", True),
+            o_bias=("use_bias", True),
+            mlp_bias=("use_bias", True),
+            norm_tensors=2,
+            mlp_matrices=2,
+            default_tied=True,
         ),
     }
 )
@@ -171,7 +280,8 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
     vocabulary = _size(config, "vocab_size")
     layer_count = _size(config, "num_hidden_layers", maximum=MAX_LAYERS)
     tied = _flag(config, "tie_word_embeddings", family.default_tied)
-    attention, norms = _attention_parameters(config, family, (hidden, heads, kv_heads, head_dim))
+    attention = _attention(config, family, (hidden, heads, kv_heads, head_dim))
+    final_norm = family.norm_tensors * hidden
     layers = []
     widest = 0
     for index in range(layer_count):
@@ -179,22 +289,22 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
         widest = max(widest, mlp.width)
         layers.append(
             LayerProfile(
-                weight_bytes=item * (attention + norms + mlp.parameters),
-                replicated_bytes=item * (norms + mlp.replicated),
+                weight_bytes=item * (attention.parameters + attention.others + mlp.parameters),
+                replicated_bytes=item * (attention.others + attention.bias + mlp.replicated),
                 kv_bytes_per_token=item * 2 * kv_heads * head_dim,
-                flops_per_token=2 * (attention + mlp.active),
-                active_bytes=item * (attention + norms + mlp.active),
+                flops_per_token=2 * (attention.parameters + mlp.active),
+                active_bytes=item * (attention.parameters + attention.others + mlp.active),
             )
         )
     embedding = item * vocabulary * hidden
-    total = sum(layer.weight_bytes for layer in layers) + embedding + item * hidden
+    total = sum(layer.weight_bytes for layer in layers) + embedding + item * final_norm
     return ModelProfile(
         architecture=architecture,
         dtype=dtype,
         layers=tuple(layers),
         embedding_bytes=embedding,
         head_bytes=embedding,
-        norm_bytes=item * hidden,
+        norm_bytes=item * final_norm,
         tied=tied,
         hidden_size=hidden,
         intermediate_size=widest,
@@ -204,6 +314,7 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
         vocabulary=vocabulary,
         max_context=_size(config, "max_position_embeddings", maximum=MAX_CONTEXT),
         parameters=(total if tied else total + embedding) // item,
+        tensor_parallel=family.tensor_parallel and attention.shardable,
     )
 
 
@@ -217,37 +328,70 @@ class _Mlp:
     width: int
 
 
-def _attention_parameters(
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Parameters of one layer's attention and norms.
+
+    Attributes:
+        parameters: of the projections.
+        bias: of the output projection, which every rank adds to the sum and so holds.
+        others: of all norms of the layer, and sinks.
+        shardable: no parameter belongs to several heads without being a projection's.
+    """
+
+    parameters: int
+    bias: int
+    others: int
+    shardable: bool
+
+
+def _attention(
     config: Mapping[str, object], family: _Family, shape: tuple[int, int, int, int]
-) -> tuple[int, int]:
-    """Parameters of the attention's projections, and of all norms of a layer."""
+) -> _Attention:
     hidden, heads, kv_heads, head_dim = shape
-    stated = _flag(config, "attention_bias", False)
-    qkv_bias = stated if family.qkv_bias is None else family.qkv_bias
-    o_bias = stated if family.o_bias is None else family.o_bias
     qkv = (heads + 2 * kv_heads) * head_dim
+    bias = hidden if _has(config, family.o_bias) else 0
     projections = hidden * qkv + heads * head_dim * hidden
-    projections += (qkv if qkv_bias else 0) + (hidden if o_bias else 0)
-    norms = 2 * hidden + (2 * head_dim if family.head_norms else 0)
-    return projections, norms
+    projections += bias + (qkv if _has(config, family.qkv_bias) else 0)
+    others = family.norms * family.norm_tensors * hidden + (heads if family.sinks else 0)
+    normalised = _has(config, family.query_norms)
+    if normalised:
+        others += (heads + kv_heads if family.wide_query_norms else 2) * head_dim
+    shardable = not (family.sinks or (normalised and family.wide_query_norms))
+    return _Attention(projections, bias, others, shardable)
 
 
 def _mlp(config: Mapping[str, object], family: _Family, hidden: int, index: int) -> _Mlp:
     if family.experts and _is_sparse(config, family, index):
-        # Checkpoints state either name, depending on the release that wrote them.
-        stated = family.experts if config.get(family.experts) is not None else "num_local_experts"
-        experts = _size(config, stated, maximum=4096)
-        chosen = _size(config, "num_experts_per_tok", maximum=experts)
-        width = _size(config, family.expert_size)
-        one = 3 * hidden * width
-        router = hidden * experts
-        whole = experts * one + router
-        return _Mlp(whole, chosen * one + router, whole, chosen * width)
+        return _mixture(config, family, hidden)
     width = _size(config, "intermediate_size")
-    parameters = 3 * hidden * width
-    if family.mlp_bias and _flag(config, "mlp_bias", False):
-        parameters += 2 * width + hidden
-    return _Mlp(parameters, parameters, 0, width)
+    parameters = family.mlp_matrices * hidden * width
+    bias = 0
+    if _has(config, family.mlp_bias):
+        bias = hidden
+        parameters += (family.mlp_matrices - 1) * width + bias
+    return _Mlp(parameters, parameters, bias, width)
+
+
+def _mixture(config: Mapping[str, object], family: _Family, hidden: int) -> _Mlp:
+    # Checkpoints state either name, depending on the release that wrote them.
+    stated = family.experts if config.get(family.experts) is not None else "num_local_experts"
+    experts = _size(config, stated, maximum=4096)
+    chosen = _size(config, "num_experts_per_tok", maximum=experts)
+    width = _size(config, family.expert_size)
+    one = 3 * hidden * width + (2 * width + hidden if family.expert_bias else 0)
+    always = hidden * experts + (experts if family.expert_bias else 0)
+    widest = chosen * width
+    if family.shared_expert_size:
+        shared = _size(config, family.shared_expert_size)
+        always += 3 * hidden * shared + hidden
+        widest += shared
+    whole = experts * one + always
+    return _Mlp(whole, chosen * one + always, whole, widest)
+
+
+def _has(config: Mapping[str, object], flag: _Flag) -> bool:
+    return flag if isinstance(flag, bool) else _flag(config, *flag)
 
 
 def _is_sparse(config: Mapping[str, object], family: _Family, index: int) -> bool:

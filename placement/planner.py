@@ -298,6 +298,11 @@ def _wrong_settings(
         wrong.append(
             f"tensor_parallel: the policy allows 1 to {policy.tensor_parallel_max}, found {tp}"
         )
+    elif tp > 1 and not profile.tensor_parallel:
+        wrong.append(
+            f"tensor_parallel: {profile.architecture} is not sharded correctly, expected 1, "
+            f"found {tp}"
+        )
     elif profile.kv_heads % tp or profile.heads % tp or profile.intermediate_size % tp:
         wrong.append(
             f"tensor_parallel: expected a divisor of {profile.kv_heads} KV heads, {profile.heads} "

@@ -189,7 +189,7 @@ def _join(job: RankJob, config: PretrainedConfig) -> Callable[[nn.Module], None]
     faulthandler.cancel_dump_traceback_later()
 
     def shard(layer: nn.Module) -> None:
-        plan.check_layer(layer)
+        plan.prepare(layer)
         expected = plan.expected_slices(layer, job.rank)
         shell = nn.ModuleList([layer])
         vars(shell)["config"] = config  # DeepSpeed splits attention by the heads it finds here
@@ -202,6 +202,7 @@ def _join(job: RankJob, config: PretrainedConfig) -> Callable[[nn.Module], None]
             injection_policy={type(layer): plan.row_wise},
         )
         plan.check_sharded(layer, expected)
+        plan.localise(layer)
 
     return shard
 

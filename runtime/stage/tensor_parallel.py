@@ -17,6 +17,7 @@ next start sweeps away.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import queue
@@ -34,13 +35,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeGuard, cast
 
 import torch
 from torch import nn
 
 import runtime
 from runtime.stage.errors import RankFailed, UnsupportedModel
+from runtime.stage.fused import FUSED, split_fused
 from runtime.stage.settings import StageSettings
 from security.channel.frame import FrameLimits, StepHeader, encode_step
 
@@ -76,6 +78,8 @@ _SEGMENT = re.compile(
 _INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "XDG_CACHE_HOME", "TMPDIR", "CXX")
 # Isolated mode ignores the environment and the working directory, so the source is named.
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.shard.rank import main; main()"
+
+_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
 
 _FRAME = struct.Struct("<BQ")
 _MAX_COUNT = 2**32 - 1
@@ -179,9 +183,10 @@ def step_limits(settings: StageSettings) -> FrameLimits:
 class TensorParallelPlan:
     """Which linears of a layer are split along their outputs and which along their inputs.
 
-    Names come from the configuration's own `base_model_tp_plan`. Whatever the plan does not cover
-    DeepSpeed would shard by guess, so a layer with such a linear is refused, and after sharding
-    every slice is compared with the one it should be.
+    Names come from the configuration's own `base_model_tp_plan`. Fused projections, which that
+    plan gathers again after splitting, are taken apart instead (`runtime.stage.fused`). Whatever
+    the plan does not cover DeepSpeed would shard by guess, so a layer with such a linear is
+    refused, and after sharding every slice is compared with the one it should be.
 
     Args:
         config: of the model.
@@ -189,10 +194,11 @@ class TensorParallelPlan:
 
     Raises:
         UnsupportedModel: the plan is missing or has a style that DeepSpeed's route does not
-            compute, or `tp` does not divide the heads.
+            compute (norms over all heads, mixtures of experts), or `tp` does not divide the heads.
     """
 
     def __init__(self, config: PretrainedConfig, tp: int) -> None:
+        self._config = config
         self._tp = tp
         self._styles: dict[str, str] = {}
         plan = config.base_model_tp_plan
@@ -201,14 +207,21 @@ class TensorParallelPlan:
                 f"{config.model_type}: expected a base_model_tp_plan in its configuration class, "
                 "found none; plan its stages with tensor parallelism 1"
             )
-        for pattern, style in plan.items():
-            prefix, _, name = pattern.partition("layers.*.")
-            if prefix or style not in ("colwise", "rowwise", "replicated_with_grad_allreduce"):
+        names = {pattern.removeprefix("layers.*."): style for pattern, style in plan.items()}
+        fused_in = {owner for owner, _, name in map(_path, names) if name in FUSED}
+        for path, style in names.items():
+            owner, _, name = _path(path)
+            if style == "colwise_gather_output" and name in FUSED:
+                self._styles |= {f"{owner}.{part}": "colwise" for part in FUSED[name]}
+            elif style == "rowwise_split_input" and owner in fused_in:
+                self._styles[path] = "rowwise"
+            elif f"layers.*.{path}" in plan and style in _STYLES:
+                self._styles[path] = style
+            else:
                 raise UnsupportedModel(
-                    f"{config.model_type}: base_model_tp_plan says {pattern}: {style}, which is "
+                    f"{config.model_type}: base_model_tp_plan says {path}: {style}, which is "
                     "not sharded correctly; plan its stages with tensor parallelism 1"
                 )
-            self._styles[name] = style
         for field in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(config, field)
             if heads % tp:
@@ -222,11 +235,18 @@ class TensorParallelPlan:
         """Names in a layer of the linears split along their inputs, whose outputs are summed."""
         return tuple(name for name, style in self._styles.items() if style == "rowwise")
 
-    def check_layer(self, layer: nn.Module) -> None:
-        """Raises UnsupportedModel unless every linear is in the plan and divides evenly."""
-        for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
+    def prepare(self, layer: nn.Module) -> None:
+        """Takes fused projections apart and refuses what would not be sharded correctly.
+
+        Raises:
+            UnsupportedModel: a linear is not in the plan or does not divide evenly, or a parameter
+                outside the linears is wider than a head and so belongs to several.
+        """
+        split_fused(self._config, layer)
+        attention = layer.get_submodule("self_attn")
+        head_size = cast("int", attention.head_dim)
+        linears = {name: module for name, module in layer.named_modules() if _is_linear(module)}
+        for name, module in linears.items():
             style = self._styles.get(name)
             width = module.in_features if style == "rowwise" else module.out_features
             if style not in ("colwise", "rowwise") or width % self._tp:
@@ -235,6 +255,28 @@ class TensorParallelPlan:
                     f"splits {self._tp} ways, found {style} of width {width}; "
                     "plan its stages with tensor parallelism 1"
                 )
+        for name, parameter in attention.named_parameters():
+            owner = f"self_attn.{_path(name)[0]}"
+            if owner not in linears and list(parameter.shape) != [head_size]:
+                raise UnsupportedModel(
+                    f"{type(layer).__name__}.self_attn.{name}: expected [{head_size}], "
+                    f"one head's width, found {list(parameter.shape)}, which belongs to several "
+                    "heads and is not sharded; plan its stages with tensor parallelism 1"
+                )
+
+    def localise(self, layer: nn.Module) -> None:
+        """Tells a sharded attention how many heads are left to it, where it asks.
+
+        Attention over separate projections takes the number from their width; over fused ones
+        from its configuration and its own `num_key_value_heads`.
+        """
+        attention = layer.get_submodule("self_attn")
+        local = copy.copy(self._config)
+        local.num_attention_heads = self._config.num_attention_heads // self._tp
+        local.num_key_value_heads = self._config.num_key_value_heads // self._tp
+        vars(attention)["config"] = local
+        if hasattr(attention, "num_key_value_heads"):
+            vars(attention)["num_key_value_heads"] = local.num_key_value_heads
 
     def expected_slices(self, layer: nn.Module, rank: int) -> dict[str, torch.Tensor]:
         """The tensors that rank `rank` must hold after sharding: views of the whole ones."""
@@ -271,6 +313,15 @@ class TensorParallelPlan:
                 f"{type(layer).__name__}: DeepSpeed sharded {wrong + not_summed} differently from "
                 "the model's plan; plan its stages with tensor parallelism 1"
             )
+
+
+def _path(name: str) -> tuple[str, str, str]:
+    """A dotted name as its owner, the dot and the last part."""
+    return name.rpartition(".")
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear)
 
 
 # -- shared memory ------------------------------------------------------------------------------
@@ -345,7 +396,7 @@ class TensorParallelGroup:
         progress: ProgressCount,
     ) -> None:
         plan = TensorParallelPlan(checkpoint.parts.config, settings.tp)
-        plan.check_layer(checkpoint.parts.part(checkpoint.parts.layer_name(settings.first_layer)))
+        plan.prepare(checkpoint.parts.part(checkpoint.parts.layer_name(settings.first_layer)))
         sweep_segments()
         self._settings = settings
         self._failure: str | None = None

@@ -101,6 +101,12 @@ def test_tensor_parallel_must_fit(ranks: int, reason: str) -> None:
     assert reason in reasons([node("a")], tensor_parallel=ranks)
 
 
+def test_families_that_are_not_sharded_get_one_rank() -> None:
+    whole = profile(model_type="olmo2")
+    plan([node("a")], None, whole)
+    assert "olmo2 is not sharded correctly" in reasons([node("a")], None, whole, tensor_parallel=2)
+
+
 def test_gpu_nodes_need_a_gpu_per_rank() -> None:
     assert "1 GPUs for 2 ranks" in reasons([node("a", gpus=1)], tensor_parallel=2)
 

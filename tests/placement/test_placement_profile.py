@@ -5,8 +5,12 @@ import torch
 from placement_samples import CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from placement.model_profile import ProfileError, profile_model
+from placement.model_profile import _FAMILIES, ProfileError, profile_model
 from placement.plan import ITEM_BYTES
+from runtime.stage.errors import UnsupportedModel
+from runtime.stage.families import FAMILIES as STAGE_FAMILIES
+from runtime.stage.fused import split_fused
+from runtime.stage.tensor_parallel import TensorParallelPlan
 
 BASE = {
     "hidden_size": 96,
@@ -16,29 +20,66 @@ BASE = {
     "num_hidden_layers": 3,
     "vocab_size": 311,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,
 }
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = [
+    ("cohere", {}),
+    ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    ("cohere2", {}),
+    ("cwm", {"mlp_bias": True, "bos_token_id": 1}),
+    ("ernie4_5", {"use_bias": True}),
+    ("exaone4", {}),
+    ("gemma", {}),
+    ("gemma2", {"head_dim": 24}),
+    ("gemma3_text", {"head_dim": 24, "attention_bias": True}),
+    ("glm", {}),
+    ("glm4", {"attention_bias": False}),
+    ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
+    ("helium", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"head_dim": 32}),
+    ("ministral", {"head_dim": 40}),
     ("mistral", {}),
     ("mistral", {"head_dim": 40, "sliding_window": 64}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("qwen3", {"head_dim": 24, "attention_bias": True}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("olmo", {"attention_bias": True}),
+    ("olmo2", {}),
+    ("olmo3", {"attention_bias": True}),
+    ("olmoe", _EXPERTS),
+    ("phi3", {}),
+    ("qwen2", {}),
     (
-        "qwen3_moe",
+        "qwen2_moe",
         {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
+            **_EXPERTS,
             "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
             "mlp_only_layers": [1],
-            "head_dim": 16,
         },
     ),
+    ("qwen2_moe", {**_EXPERTS, "moe_intermediate_size": 48, "qkv_bias": False}),
+    ("qwen3", {}),
+    ("qwen3", {"head_dim": 24, "attention_bias": True}),
+    (
+        "qwen3_moe",
+        {**_EXPERTS, "moe_intermediate_size": 48, "mlp_only_layers": [1], "head_dim": 16},
+    ),
+    ("seed_oss", {}),
+    ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}),
+    ("smollm3", {"attention_bias": True}),
+    ("starcoder2", {}),
+    ("starcoder2", {"use_bias": False}),
 ]
+DENSE = [(family, extra) for family, extra in FAMILIES if "num_experts_per_tok" not in extra]
+
+
+def test_every_family_that_stages_compute_is_profiled() -> None:
+    assert {family for family, _ in FAMILIES} == STAGE_FAMILIES.keys()
+    assert _FAMILIES.keys() == STAGE_FAMILIES.keys()
 
 
 def size(module: torch.nn.Module) -> int:
@@ -65,6 +106,7 @@ def test_bytes_are_those_of_the_real_modules(
     assert profile.parameters == sum(item.numel() for item in model.parameters())
     attention = model.model.layers[0].self_attn
     assert profile.head_dim == attention.head_dim
+    split_fused(config, model.model.layers[0])
     assert profile.layers[0].kv_bytes_per_token == ITEM_BYTES[dtype] * (
         attention.k_proj.out_features + attention.v_proj.out_features
     )
@@ -75,23 +117,45 @@ def test_bytes_are_those_of_the_real_modules(
     assert split == profile.embedding_bytes + profile.norm_bytes + profile.head_bytes
 
 
-@pytest.mark.parametrize(("family", "extra"), FAMILIES[:8])
-def test_arithmetic_and_replication_follow_the_linears(
-    family: str, extra: dict[str, object]
-) -> None:
+@pytest.mark.parametrize(("family", "extra"), DENSE)
+def test_arithmetic_follows_the_linears(family: str, extra: dict[str, object]) -> None:
     config = AutoConfig.for_model(family, **{**BASE, **extra})
     with torch.device("meta"):
         layer = AutoModelForCausalLM.from_config(config).model.layers[0]
     profile = profile_model(config.to_dict(), "float32").layers[0]
     linears = sum(size(module) for module in layer.modules() if isinstance(module, torch.nn.Linear))
     assert profile.flops_per_token == 2 * linears // 4
-    assert profile.replicated_bytes == size(layer) - linears
     assert profile.active_bytes == profile.weight_bytes
 
 
+@pytest.mark.parametrize(("family", "extra"), FAMILIES)
+def test_replication_is_what_stages_leave_whole(family: str, extra: dict[str, object]) -> None:
+    config = AutoConfig.for_model(family, **{**BASE, **extra})
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0]
+    profile = profile_model(config.to_dict(), "float32")
+    try:
+        plan = TensorParallelPlan(config, 2)
+        plan.prepare(layer)
+    except UnsupportedModel:
+        assert not profile.tensor_parallel
+        return
+    assert profile.tensor_parallel
+    whole = dict(layer.named_parameters())
+    replicated = [
+        part
+        for name, part in plan.expected_slices(layer, 1).items()
+        if part.shape == whole[name].shape
+    ]
+    assert profile.layers[0].replicated_bytes == sum(part.numel() * 4 for part in replicated)
+
+
 def test_defaults_of_a_short_config_are_the_familys() -> None:
-    short = {**BASE, "model_type": "qwen3"}
-    assert profile_model(short, "float32").head_dim == 128
+    for family in {family for family, extra in DENSE}:
+        stated = {**BASE, "model_type": family}
+        config = AutoConfig.for_model(**{**stated, "bos_token_id": 1})
+        profile = profile_model(stated, "float32")
+        assert profile == profile_model(config.to_dict(), "float32"), family
     llama = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
     profile = profile_model({**llama, "model_type": "llama"}, "float32")
     assert profile.kv_heads == 8
@@ -103,7 +167,7 @@ def test_defaults_of_a_short_config_are_the_familys() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "gpt2"}, "model_type: expected one of llama, .* found 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type: expected one of .*llama, .* found 'gpt2'"),
         ({"model_type": None}, "found 'None'"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
