@@ -26,8 +26,8 @@ template <class T> class Attention {
   public:
     explicit Attention(const Shape &shape)
         : shape_(shape), share_(int(shape.heads / shape.key_heads)),
-          row_limit_(int(round_up(std::max(2 * ROWS, share_), 2 * AMX_ROWS))),
-          amx_(shape.amx && shape.head_size % (AMX_UNITS * PER_UNIT<T>) == 0) {
+          row_limit_(int(round_up(std::max(2 * ROWS, share_), 2 * TILE_ROWS))),
+          amx_(shape.amx && shape.head_size % PER_LINE<T> == 0) {
         queries_.resize(row_limit_ * shape.head_size);
         weights_.resize(row_limit_ * SPAN);
         narrowed_.resize(row_limit_ * SPAN);
@@ -38,11 +38,12 @@ template <class T> class Attention {
     }
 
     static int tokens_at_once(const Shape &shape) {
-        const int rows = shape.amx ? 2 * AMX_ROWS : 2 * ROWS;
+        const int rows = shape.amx ? 2 * TILE_ROWS : 2 * ROWS;
         return std::max(1, rows / int(shape.heads / shape.key_heads));
     }
 
-    // `mixed` is [tokens, (heads + 2 key heads) * head size], `output` [tokens, heads * head size].
+    // `mixed` is [tokens, (heads + 2 key heads) * head size], `output` row tiles of
+    // [tokens, heads * head size].
     void operator()(const Layer &layer, const Step &step, const Attend &part, const T *mixed,
                     T *output) {
         const int64_t size = shape_.head_size, width = (shape_.heads + 2 * shape_.key_heads) * size;
@@ -59,14 +60,16 @@ template <class T> class Attention {
         const int last = part.position + part.count - 1;
         const int seen_first = layer.window ? std::max(0, part.position - layer.window + 1) : 0;
         for (int group = seen_first / LANES; group <= last / LANES; group += GROUPS)
-            pass(layer, step, part, rows, group, std::min(GROUPS, last / LANES + 1 - group));
+            pass(layer, step, part, rows, group, last / LANES + 1);
 
+        const int64_t lines = lines_of(shape_.heads * size, sizeof(T));
         for (int r = 0; r < rows; r++) {
             __m512 factor = _mm512_set1_ps(1.0f / total_[r]);
-            T *to = output + ((part.first + r / share_) * shape_.heads + part.key_head * share_ +
-                              r % share_) * size;
+            T *to = tiled_row(output, part.first + r / share_, lines);
+            const int64_t head = part.key_head * share_ + r % share_;
             for (int64_t i = 0; i < size; i += LANES)
-                store(to + i, _mm512_mul_ps(load(&outputs_[r * padded() + i]), factor));
+                store(element(to, head * size + i, TILED_STEP<T>),
+                      _mm512_mul_ps(load(&outputs_[r * padded() + i]), factor));
         }
     }
 
@@ -77,42 +80,45 @@ template <class T> class Attention {
     // Elements of an output row: whole pairs of tiles.
     int64_t padded() const { return round_up(shape_.head_size, WIDTH); }
 
-    // One run of groups.
+    // The groups from `group` on, at most as many as a pass has, of those before `end`.
     void pass(const Layer &layer, const Step &step, const Attend &part, int rows, int group,
-              int groups) {
-        const int64_t size = shape_.head_size;
-        const int64_t bytes = size * LANES * sizeof(T), per_block = shape_.block_size / LANES;
-        const char *keys[GROUPS + 1], *values[GROUPS];
-        for (int g = 0; g < groups; g++) {
-            int64_t block = step.blocks[step.tables[part.sequence] + (group + g) / per_block];
-            int64_t at = (block * per_block + (group + g) % per_block) * shape_.key_heads;
-            keys[g] = (const char *)layer.keys + (at + part.key_head) * bytes;
-            values[g] = (const char *)layer.values + (at + part.key_head) * bytes;
+              int end) {
+        const int64_t bytes = shape_.head_size * LANES * sizeof(T);
+        const int64_t per_block = shape_.block_size / LANES;
+        const int groups = std::min(GROUPS, end - group);
+        // Two more than are attended to now: they are brought near while the last are.
+        const char *keys[GROUPS + 3], *values[GROUPS + 3];
+        for (int g = 0; g < groups + 3; g++) {
+            const int64_t at = std::min(group + g, end - 1);
+            const int64_t block = step.blocks[step.tables[part.sequence] + at / per_block];
+            const int64_t place = (block * per_block + at % per_block) * shape_.key_heads;
+            keys[g] = (const char *)layer.keys + (place + part.key_head) * bytes;
+            values[g] = (const char *)layer.values + (place + part.key_head) * bytes;
         }
-        keys[groups] = keys[groups - 1];
-        // Two groups at a time; the values of these groups are wanted next.
         for (int g = 0; g < groups; g += 2)
-            score(rows, keys[g], keys[g + 1], values[g], g, std::min(2, groups - g));
+            score(rows, &keys[g], {{keys[g + 2], keys[g + 3], values[g], values[g + 1]}, 4}, g,
+                  std::min(2, groups - g));
         for (int r = 0; r < rows; r++) soften(layer, part.position + r / share_, r, group, groups);
         add_values(rows, values, groups);
     }
 
     // weights_[r][16 g ...] = queries . keys of groups g and g + 1.
-    void score(int rows, const char *first, const char *second, const char *values, int g,
-               int groups) {
+    void score(int rows, const char *const *keys, Ahead ahead, int g, int groups) {
         const int64_t size = shape_.head_size;
         const int units = int(size / PER_UNIT<T>);
         const size_t kept = groups * LANES * sizeof(float);
         for (int r = 0; r < rows;) {
             int n = rows_at_once(rows - r);
             if (amx_ && rows > ROWS) {
-                n = std::min(rows - r, 2 * AMX_ROWS);
-                const auto multiply = n > AMX_ROWS ? amx_multiply<2> : amx_multiply<1>;
-                multiply((const char *)&queries_[r * size], size * sizeof(T), first, second, units,
-                         sums_.data(), false, nullptr);
+                n = std::min(rows - r, 2 * TILE_ROWS);
+                (n > TILE_ROWS ? amx_multiply<2> : amx_multiply<1>)(
+                    plain_rows(&queries_[r * size], size),
+                    plain_rows(&queries_[(r + TILE_ROWS) * size], size), keys[0], keys[1],
+                    units / LINE_UNITS, sums_.data(), false, {});
             } else {
-                kernel<T>(n)((const char *)&queries_[r * size], size * sizeof(T), &first, &second, 1,
-                             units, sums_.data(), false, {values, r == 0 ? 1 : 0});
+                kernel<T>(n)(plain_rows(&queries_[r * size], size), &keys[0], &keys[1], 1,
+                             units, sums_.data(), false, ahead);
+                ahead.count = 0;
             }
             for (int i = 0; i < n; i++)
                 std::memcpy(&weights_[(r + i) * SPAN + g * LANES], &sums_[i * WIDTH], kept);
@@ -124,24 +130,32 @@ template <class T> class Attention {
     void add_values(int rows, const char *const *values, int groups) {
         const char *first[GROUPS], *second[GROUPS];
         const int64_t tile = LANES * LANES * sizeof(T), tiles = shape_.head_size / LANES;
+        const bool amx = amx_ && rows > ROWS;
+        if (amx) AmxTiles::cut(Cut::HALF);
         for (int64_t t = 0; t < tiles; t += 2) {
             for (int g = 0; g < groups; g++) {
                 first[g] = values[g] + t * tile;
                 second[g] = t + 1 < tiles ? first[g] + tile : first[g];
             }
+            for (int r = 0; amx && r < rows; r += 2 * TILE_ROWS)
+                (rows - r > TILE_ROWS ? amx_multiply_halves<2> : amx_multiply_halves<1>)(
+                    (const char *)&narrowed_[r * SPAN], SPAN * sizeof(T), first, second, groups,
+                    &outputs_[r * padded() + t * LANES], padded() * sizeof(float));
+            if (amx) continue;
             for (int r = 0; r < rows;) {
                 const int n = rows_at_once(rows - r);
                 for (int i = 0; i < n; i++)
                     std::memcpy(&sums_[i * WIDTH], &outputs_[(r + i) * padded() + t * LANES],
                                 WIDTH * sizeof(float));
-                kernel<T>(n)((const char *)&narrowed_[r * SPAN], SPAN * sizeof(T), first, second,
-                             groups, LANES / PER_UNIT<T>, sums_.data(), true, {});
+                kernel<T>(n)(plain_rows(&narrowed_[r * SPAN], SPAN), first, second, groups,
+                             LANES / PER_UNIT<T>, sums_.data(), true, {});
                 for (int i = 0; i < n; i++)
                     std::memcpy(&outputs_[(r + i) * padded() + t * LANES], &sums_[i * WIDTH],
                                 WIDTH * sizeof(float));
                 r += n;
             }
         }
+        if (amx) AmxTiles::cut(Cut::WHOLE);
     }
 
     // Turns the scores of one row into weights, and scales what was summed before.
@@ -158,10 +172,13 @@ template <class T> class Attention {
                 __m512 cap = _mm512_set1_ps(shape_.soft_cap);
                 score = _mm512_mul_ps(hyperbolic_tangent(_mm512_div_ps(score, cap)), cap);
             }
-            __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32((group + g) * LANES));
-            __mmask16 visible = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32(position)) &
-                                _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(from));
-            score = _mm512_mask_blend_ps(visible, _mm512_set1_ps(MINUS_INFINITY), score);
+            const int begin = (group + g) * LANES;
+            if (begin < from || begin + LANES - 1 > position) {
+                __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(begin));
+                __mmask16 visible = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32(position)) &
+                                    _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(from));
+                score = _mm512_mask_blend_ps(visible, _mm512_set1_ps(MINUS_INFINITY), score);
+            }
             largest = _mm512_max_ps(largest, score);
             store(scores + g * LANES, score);
         }
@@ -174,11 +191,9 @@ template <class T> class Attention {
         const float before = most_[row] == MINUS_INFINITY ? 0.0f : std::exp(most_[row] - most);
         __m512 sum = _mm512_setzero_ps();
         for (int g = 0; g < groups; g++) {
-            __m512 score = load(scores + g * LANES);
-            __mmask16 visible =
-                _mm512_cmp_ps_mask(score, _mm512_set1_ps(MINUS_INFINITY), _CMP_NEQ_OQ);
-            __m512 weight = _mm512_maskz_mov_ps(
-                visible, exponential(_mm512_sub_ps(score, _mm512_set1_ps(most))));
+            // What is hidden is minus infinity, and exponential() of that a number of no weight.
+            __m512 weight =
+                exponential(_mm512_sub_ps(load(scores + g * LANES), _mm512_set1_ps(most)));
             sum = _mm512_add_ps(sum, weight);
             store(narrowed + g * LANES, weight);
         }

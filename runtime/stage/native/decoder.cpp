@@ -26,12 +26,12 @@ namespace {
 
 enum class Into { STORE, ADD, GATE, LOGITS };
 
-// Rows to multiply, and where the products go. `rows` has room for a multiple of 32 rows.
+// Rows to multiply, and where the products go.
 template <class T> struct Product {
-    const T *rows;
+    const T *rows;           // row tiles, with room for a multiple of 32 rows
     int64_t count;
     Into into;
-    T *output;               // STORE, ADD (added to): [count, outputs]; GATE: [count, outputs / 2]
+    T *output;               // STORE, ADD (added to): [count, outputs]; GATE: row tiles of half
     float *logits = nullptr; // LOGITS: [count, outputs]
     float multiplier = 1;    // ADD: of what is added
     bool gelu = false;       // GATE
@@ -69,13 +69,15 @@ template <class T>
 void finish_gates(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row,
                   int rows, const float *sums) {
     const float *bias = linear.bias ? linear.bias + panel * WIDTH : nullptr;
+    const int64_t lines = lines_of(linear.outputs / 2, sizeof(T));
     for (int r = 0; r < rows; r++) {
         __m512 gate = load(sums + r * WIDTH), up = load(sums + r * WIDTH + LANES);
         if (bias) {
             gate = _mm512_add_ps(gate, load(bias));
             up = _mm512_add_ps(up, load(bias + LANES));
         }
-        store(product.output + (row + r) * (linear.outputs / 2) + panel * LANES,
+        T *to = tiled_row(product.output, row + r, lines);
+        store(element(to, panel * LANES, TILED_STEP<T>),
               _mm512_mul_ps(product.gelu ? gelu_tanh(gate) : silu(gate), up));
     }
 }
@@ -84,76 +86,87 @@ void finish_gates(const Linear &linear, const Product<T> &product, int64_t panel
 struct Scratch {
     std::vector<float> sums;
     float *room(int64_t rows) {
-        const size_t floats = round_up(rows, 2 * AMX_ROWS) * WIDTH;
+        const size_t floats = round_up(rows, 2 * TILE_ROWS) * WIDTH;
         if (sums.size() < floats) sums.resize(floats);
         return sums.data();
     }
 };
 
-// Panels of 32 columns are shared out; a panel stays in the second-level cache for all rows, and
-// the next one is brought there meanwhile.
+// Rows whose lines stay in the second-level cache beside a panel.
+inline int64_t rows_in_l2(int64_t lines) {
+    constexpr int64_t BYTES = 1 << 20;
+    return std::max<int64_t>(BYTES / (lines * LINE) / (2 * TILE_ROWS), 1) * 2 * TILE_ROWS;
+}
+
+// A panel of 32 columns times the rows [begin, end); the panel stays in the second-level cache, and
+// panel `next` is brought there meanwhile.
+template <class T>
+void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, int64_t panel,
+                    int64_t begin, int64_t end, int64_t next, float *all_sums) {
+    const int lines = int(lines_of(linear.inputs, sizeof(T)));
+    const size_t tile_bytes = size_t(lines) * LINE_UNITS * LINE;
+    const char *first = (const char *)linear.tiles + panel * 2 * tile_bytes;
+    const char *second = first + tile_bytes;
+    const int passes = int(divide_up(end - begin, amx ? 2 * TILE_ROWS : ROWS));
+    // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
+    const int run = passes > 1 ? UNITS_IN_L1 / (amx ? 2 : 1) / LINE_UNITS : lines;
+    for (int line = 0; line < lines; line += run) {
+        const int length = std::min(run, lines - line);
+        const char *l = first + size_t(line) * LINE_UNITS * LINE;
+        const char *h = second + size_t(line) * LINE_UNITS * LINE;
+        for (int64_t row = begin; row < end;) {
+            float *sums = all_sums + (row - begin) * WIDTH;
+            const auto rows_at = [&](int64_t r) {
+                const T *start = tiled_row(product.rows, r, lines);
+                return Rows{(const char *)start + line * ROW_TILE_BYTES, LINE, ROW_TILE_BYTES};
+            };
+            const char *wanted = (const char *)linear.tiles + next * 2 * tile_bytes + (l - first);
+            const Ahead ahead{{wanted, wanted + tile_bytes}, row == begin ? 2 : 0};
+            int count;
+            if (amx) {
+                count = int(std::min<int64_t>(end - row, 2 * TILE_ROWS));
+                (count > TILE_ROWS ? amx_multiply<2> : amx_multiply<1>)(
+                    rows_at(row), rows_at(row + TILE_ROWS), l, h, length, sums, line > 0,
+                    ahead);
+            } else {
+                count = rows_at_once(int(std::min(end - row, TILE_ROWS - row % TILE_ROWS)));
+                kernel<T>(count)(rows_at(row), &l, &h, 1, length * LINE_UNITS, sums, line > 0,
+                                 ahead);
+            }
+            if (line + length == lines) {
+                if (product.into == Into::GATE)
+                    finish_gates(linear, product, panel, row, count, sums);
+                else
+                    finish(linear, product, panel, row, count, sums);
+            }
+            row += count;
+        }
+    }
+}
+
+// Panels are shared out, all panels of some rows before the next rows.
 template <class T>
 void multiply_panels(const Linear &linear, const Product<T> &product, bool amx, Tickets &tickets,
                      size_t phase, Scratch &scratch) {
-    constexpr int AMX_LEAST = 4; // fewer rows are bound by memory either way
-    const int units = int(linear.inputs / PER_UNIT<T>);
-    const int64_t panels = divide_up(linear.outputs, WIDTH);
-    const size_t row_bytes = linear.inputs * sizeof(T);
-    amx = amx && product.count >= AMX_LEAST && units % AMX_UNITS == 0;
-    const int at_once = amx ? 2 * AMX_ROWS : ROWS;
-    const int passes = int(divide_up(product.count, at_once));
-    // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
-    const int run = passes > 1 ? (amx ? UNITS_IN_L1 / 2 : UNITS_IN_L1) : units;
-    const char *tiles = (const char *)linear.tiles;
-    const size_t panel_bytes = size_t(units) * 2 * LINE;
-    float *all_sums = scratch.room(product.count);
-
-    int64_t panel = tickets.take(phase);
-    while (panel < panels) {
+    const int64_t lines = lines_of(linear.inputs, sizeof(T));
+    const int64_t panels = divide_up(linear.outputs, WIDTH), at_once = rows_in_l2(lines);
+    const int64_t parts = panels * divide_up(product.count, at_once);
+    float *sums = scratch.room(std::min(product.count, at_once));
+    for (int64_t part = tickets.take(phase); part < parts;) {
         const int64_t next = tickets.take(phase);
-        const char *ahead = tiles + std::min(next, panels - 1) * panel_bytes;
-        const char *first = tiles + panel * panel_bytes, *second = first + size_t(units) * LINE;
-        for (int unit = 0; unit < units; unit += run) {
-            const int length = std::min(run, units - unit);
-            const char *l = first + size_t(unit) * LINE, *h = second + size_t(unit) * LINE;
-            int pass = 0;
-            for (int64_t row = 0; row < product.count; pass++) {
-                const char *rows =
-                    (const char *)(product.rows + row * linear.inputs) + unit * UNIT;
-                float *sums = all_sums + row * WIDTH;
-                const int left = int(std::min<int64_t>(product.count - row, 1 << 20));
-                int count;
-                if (amx) {
-                    count = std::min(left, at_once);
-                    const char *wanted = pass == 0 ? ahead : nullptr;
-                    (count > AMX_ROWS ? amx_multiply<2> : amx_multiply<1>)(
-                        rows, row_bytes, l, h, length, sums, unit > 0, wanted);
-                    if (wanted) ahead += size_t(length) * 2 * LINE;
-                } else {
-                    count = rows_at_once(left);
-                    const int lines = passes == 1 ? 2 : pass < 2 ? 1 : 0;
-                    kernel<T>(count)(rows, row_bytes, &l, &h, 1, length, sums, unit > 0,
-                                     {ahead, lines});
-                    ahead += size_t(length) * lines * LINE;
-                }
-                if (unit + length == units) {
-                    if (product.into == Into::GATE)
-                        finish_gates(linear, product, panel, row, count, sums);
-                    else
-                        finish(linear, product, panel, row, count, sums);
-                }
-                row += count;
-            }
-        }
-        panel = next;
+        const int64_t begin = part / panels * at_once;
+        multiply_panel(linear, product, amx, part % panels, begin,
+                       std::min(product.count, begin + at_once), next % panels, sums);
+        part = next;
     }
 }
 
 // -- rows -----------------------------------------------------------------------------------------
 
-// Root mean square norm (Zhang and Sennrich, arXiv 1910.07467).
+// Root mean square norm (Zhang and Sennrich, arXiv 1910.07467) of a plain row into one with `step`.
 template <class T>
-void norm(const T *from, T *to, const float *weight, int64_t size, float epsilon) {
+void norm(const T *from, T *to, const float *weight, int64_t size, float epsilon,
+          int64_t step = PLAIN_STEP<T>) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += LANES) {
         __m512 x = load(from + i);
@@ -162,7 +175,13 @@ void norm(const T *from, T *to, const float *weight, int64_t size, float epsilon
     const float mean = _mm512_reduce_add_ps(squares) / float(size);
     const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
     for (int64_t i = 0; i < size; i += LANES)
-        store(to + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
+        store(element(to, i, step),
+              _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
+}
+
+template <class T> void copy(const T *from, T *to, int64_t size, int64_t step) {
+    for (int64_t i = 0; i < size; i += PER_LINE<T>)
+        std::copy_n(from + i, std::min<int64_t>(PER_LINE<T>, size - i), element(to, i, step));
 }
 
 // The rotary embedding on the two halves of one head's first `size` elements (arXiv 2104.09864).
@@ -258,14 +277,17 @@ template <class T> class TypedStage final : public Stage {
     };
 
     void prepare(const Team &team, const Step &step) {
-        const int64_t rows = round_up(step.tokens, 2 * AMX_ROWS);
+        const int64_t rows = round_up(step.tokens, 2 * TILE_ROWS);
         const int64_t heads = shape_.heads + 2 * shape_.key_heads;
         for (auto [buffer, width] : {std::pair{&normed_, shape_.hidden},
                                      {&mixed_, heads * shape_.head_size},
                                      {&attended_, shape_.heads * shape_.head_size},
                                      {&active_, shape_.intermediate},
-                                     {&added_, shape_.hidden}})
-            if (int64_t(buffer->size()) < rows * width) buffer->resize(rows * width);
+                                     {&added_, shape_.hidden}}) {
+            const size_t elements = rows * round_up(width, PER_LINE<T>);
+            // What fills rows up to whole lines must be zeros, and nothing else is ever there.
+            if (buffer->size() < elements) buffer->resize(elements);
+        }
         while (int(attention_.size()) < team.size())
             attention_.push_back(std::make_unique<Attention<T>>(shape_));
         scratch_.resize(team.size());
@@ -317,16 +339,16 @@ template <class T> class TypedStage final : public Stage {
         work.team.barrier();
     }
 
-    // Rows as products take them: normed where the layer says so, with room to a multiple of 32.
+    // The row tiles of the hidden states, normed where the layer says so.
     const T *normed(const float *weight, const T *hidden, Work &work) {
-        const int64_t size = shape_.hidden;
+        const int64_t size = shape_.hidden, lines = lines_of(size, sizeof(T));
         work.share(work.step.tokens, [&](int64_t t) {
             const T *from = hidden + t * size;
-            T *to = normed_.data() + t * size;
+            T *to = tiled_row(normed_.data(), t, lines);
             if (weight)
-                norm(from, to, weight, size, shape_.epsilon);
+                norm(from, to, weight, size, shape_.epsilon, TILED_STEP<T>);
             else
-                std::copy_n(from, size, to);
+                copy(from, to, size, TILED_STEP<T>);
         });
         work.team.barrier();
         return normed_.data();
@@ -395,9 +417,12 @@ template <class T> class TypedStage final : public Stage {
 template <class T>
 void project(Team &team, const Linear &linear, bool amx, const T *rows, int64_t count,
              float *logits) {
-    std::vector<T> padded(round_up(count, 2 * AMX_ROWS) * linear.inputs);
-    std::copy_n(rows, count * linear.inputs, padded.data());
-    Product<T> product{padded.data(), count, Into::LOGITS, nullptr};
+    const int64_t lines = lines_of(linear.inputs, sizeof(T));
+    std::vector<T> tiled(round_up(count, 2 * TILE_ROWS) * lines * PER_LINE<T>);
+    for (int64_t row = 0; row < count; row++)
+        copy(rows + row * linear.inputs, tiled_row(tiled.data(), row, lines), linear.inputs,
+             TILED_STEP<T>);
+    Product<T> product{tiled.data(), count, Into::LOGITS, nullptr};
     product.logits = logits;
     Tickets tickets(1);
     team.run([&](int) {

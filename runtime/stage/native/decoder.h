@@ -7,7 +7,7 @@
 extern "C" {
 
 struct Linear {
-    const void *tiles;       // `outputs` rounded up to 32, as tiles
+    const void *tiles;       // see pack in tiles.h
     const float *bias;       // [outputs] or null
     int64_t inputs, outputs;
 };

@@ -183,10 +183,12 @@ class Library:
         self._functions.bulkhead_stage_free(stage)
 
     def pack(self, team: Team, weight_OI: torch.Tensor) -> torch.Tensor:
-        """The weight as tiles: [O rounded up to 32, I], in an order of its own."""
+        """The weight as tiles, in an order of their own: O filled up to 32, I to 64 bytes."""
         outputs, inputs = weight_OI.shape
         weight_OI = weight_OI.contiguous()
-        tiles = torch.empty(-(-outputs // 32) * 32, inputs, dtype=weight_OI.dtype)
+        line = 64 // weight_OI.element_size()
+        shape = (-(-outputs // 32) * 32, -(-inputs // line) * line)
+        tiles = torch.empty(shape, dtype=weight_OI.dtype)
         self._functions.bulkhead_pack(
             team.pointer,
             weight_OI.dtype == torch.bfloat16,
@@ -197,9 +199,8 @@ class Library:
         )
         return tiles
 
-    def unpack(self, tiles_OI: torch.Tensor, rows_T: torch.Tensor) -> torch.Tensor:
+    def unpack(self, tiles_OI: torch.Tensor, inputs: int, rows_T: torch.Tensor) -> torch.Tensor:
         """Rows [T, I] of the weight that was packed. `rows_T`: int64, within the weight."""
-        inputs = tiles_OI.shape[1]
         rows_TI = torch.empty(len(rows_T), inputs, dtype=tiles_OI.dtype)
         self._functions.bulkhead_unpack(
             tiles_OI.dtype == torch.bfloat16,
@@ -217,7 +218,7 @@ class Library:
         """float32 products [S, outputs] of rows with the weight that was packed."""
         rows_SI = rows_SI.contiguous()
         products_SO = torch.empty(len(rows_SI), outputs)
-        linear = Linear(tiles_OI.data_ptr(), None, tiles_OI.shape[1], outputs)
+        linear = Linear(tiles_OI.data_ptr(), None, rows_SI.shape[1], outputs)
         self._functions.bulkhead_project(
             team.pointer,
             tiles_OI.dtype == torch.bfloat16,

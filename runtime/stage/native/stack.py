@@ -94,7 +94,7 @@ class PackedLinear:
 
     def __init__(self, team: Team, weight_VD: torch.Tensor) -> None:
         self._team = team
-        self._outputs = len(weight_VD)
+        self._outputs, self._inputs = weight_VD.shape
         self._tiles_VD = team.library.pack(team, weight_VD)
 
     def __call__(self, rows_SD: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class PackedLinear:
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows [T, D] of the weight; `ids_T` is int64 and within it."""
-        return self._team.library.unpack(self._tiles_VD, ids_T)
+        return self._team.library.unpack(self._tiles_VD, self._inputs, ids_T)
 
 
 class NativeLayers:

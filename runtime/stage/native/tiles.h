@@ -9,6 +9,13 @@
 // AVX-512 a kernel multiplies up to 14 rows by two tiles; 28 of 32 registers accumulate. With AMX
 // (Intel SDM vol. 1, chapter 18) sixteen units of a tile are one tile register, 32 rows by two
 // tiles a time, for bfloat16 only.
+//
+// The rows of a linear are stored in *row tiles* of 16 rows by one line of 64 bytes, because lines
+// at a stride of a whole row compete for a few places in the first-level cache:
+//
+//     row_tiles[row / 16][line][row % 16] : 64 bytes
+//
+// so the inner dimension of every linear is filled up with zeros to whole lines.
 
 #pragma once
 
@@ -26,13 +33,14 @@ namespace bulkhead {
 constexpr int UNIT = 4;         // bytes of a unit
 constexpr int WIDTH = 2 * LANES; // columns of two tiles
 constexpr int ROWS = 14;        // of the AVX-512 kernel
-constexpr int AMX_ROWS = 16;    // of a tile register
-constexpr int AMX_UNITS = 16;
+constexpr int TILE_ROWS = 16;   // of a row tile, and of a tile register
 // What a kernel call reads of the rows and of the tiles should stay in the first-level cache.
 constexpr int UNITS_IN_L1 = 512;
 constexpr int LINE = 64;
+constexpr int LINE_UNITS = LINE / UNIT;
 
 template <class T> constexpr int PER_UNIT = UNIT / sizeof(T);
+template <class T> constexpr int PER_LINE = LINE / sizeof(T);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -40,6 +48,34 @@ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Rows of the next AVX-512 call, so that what is left is cut evenly: 15 is 8 and 7, not 14 and 1.
 inline int rows_at_once(int left) { return int(divide_up(left, divide_up(left, ROWS))); }
+
+// Rows as kernels read them: line l of row r is at data + r * row_bytes + l * line_bytes.
+struct Rows {
+    const char *data;
+    size_t row_bytes, line_bytes;
+    const char *line(int l) const { return data + l * line_bytes; }
+};
+
+// Rows of a buffer that lie one after another, from `first` on.
+template <class T> Rows plain_rows(const T *first, int64_t width) {
+    return {(const char *)first, width * sizeof(T), LINE};
+}
+
+constexpr size_t ROW_TILE_BYTES = TILE_ROWS * LINE;
+
+// Elements from one line of a row to the next.
+template <class T> constexpr int64_t TILED_STEP = TILE_ROWS * PER_LINE<T>;
+template <class T> constexpr int64_t PLAIN_STEP = PER_LINE<T>;
+
+// Where row `row` begins among row tiles whose rows have `lines` lines.
+template <class T> T *tiled_row(T *tiles, int64_t row, int64_t lines) {
+    return tiles + row / TILE_ROWS * lines * TILED_STEP<T> + row % TILE_ROWS * PER_LINE<T>;
+}
+
+// Element `i` of a row that begins at `row`, a multiple of 16.
+template <class T> T *element(T *row, int64_t i, int64_t step) {
+    return row + i / PER_LINE<T> * step + i % PER_LINE<T>;
+}
 
 // -- AVX-512 --------------------------------------------------------------------------------------
 
@@ -51,18 +87,18 @@ template <> inline __m512 multiply_add<bfloat16>(__m512 sum, __m512i row, __m512
     return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)tile);
 }
 
-// Lines to bring towards the core while computing.
+// What to bring towards the core while computing, a line of each stream a unit.
 struct Ahead {
-    const char *from = nullptr;
-    int lines = 0; // a unit
+    const char *streams[4];
+    int count;
 };
 
 // sums[r][0..31] (+)= rows[r] . tiles, over `segments` runs of `units` units each.
-// `rows` holds the runs of a row one after another; run s of the tiles begins at first[s], second[s].
+// `rows` holds the runs of a row one after another, each within lines of its own unless the units
+// fill whole lines; run s of the tiles begins at first[s], second[s].
 template <class T, int R>
-void multiply(const char *rows, size_t row_bytes, const char *const *first,
-              const char *const *second, int segments, int units, float *sums, bool accumulate,
-              Ahead ahead) {
+void multiply(Rows rows, const char *const *first, const char *const *second, int segments,
+              int units, float *sums, bool accumulate, Ahead ahead) {
     __m512 left[R], right[R];
     for (int r = 0; r < R; r++) {
         left[r] = accumulate ? load(sums + r * WIDTH) : _mm512_setzero_ps();
@@ -70,21 +106,27 @@ void multiply(const char *rows, size_t row_bytes, const char *const *first,
     }
     for (int segment = 0; segment < segments; segment++) {
         const char *l = first[segment], *h = second[segment];
-        for (int unit = 0; unit < units; unit++) {
-            for (int line = 0; line < ahead.lines; line++)
-                _mm_prefetch(ahead.from + line * LINE, _MM_HINT_T1);
-            ahead.from += ahead.lines * LINE;
-            __m512i a = _mm512_loadu_si512(l + unit * LINE), b = _mm512_loadu_si512(h + unit * LINE);
+        for (int done = 0; done < units;) {
+            const int at = (segment * units + done) % LINE_UNITS;
+            const int count = std::min(units - done, LINE_UNITS - at);
+            const char *line = rows.line((segment * units + done) / LINE_UNITS) + at * UNIT;
+            for (int unit = 0; unit < count; unit++, l += LINE, h += LINE) {
+                for (int i = 0; i < ahead.count; i++) {
+                    _mm_prefetch(ahead.streams[i], _MM_HINT_T1);
+                    ahead.streams[i] += LINE;
+                }
+                __m512i a = _mm512_loadu_si512(l), b = _mm512_loadu_si512(h);
 #pragma GCC unroll 14
-            for (int r = 0; r < R; r++) {
-                int32_t value;
-                std::memcpy(&value, rows + r * row_bytes + unit * UNIT, UNIT);
-                __m512i row = _mm512_set1_epi32(value);
-                left[r] = multiply_add<T>(left[r], row, a);
-                right[r] = multiply_add<T>(right[r], row, b);
+                for (int r = 0; r < R; r++) {
+                    int32_t value;
+                    std::memcpy(&value, line + r * rows.row_bytes + unit * UNIT, UNIT);
+                    __m512i row = _mm512_set1_epi32(value);
+                    left[r] = multiply_add<T>(left[r], row, a);
+                    right[r] = multiply_add<T>(right[r], row, b);
+                }
             }
+            done += count;
         }
-        rows += units * UNIT;
     }
     for (int r = 0; r < R; r++) {
         store(sums + r * WIDTH, left[r]);
@@ -92,8 +134,8 @@ void multiply(const char *rows, size_t row_bytes, const char *const *first,
     }
 }
 
-using Multiply = void (*)(const char *, size_t, const char *const *, const char *const *, int, int,
-                          float *, bool, Ahead);
+using Multiply = void (*)(Rows, const char *const *, const char *const *, int, int, float *, bool,
+                          Ahead);
 
 template <class T> Multiply kernel(int rows) {
     static constexpr Multiply table[ROWS + 1] = {
@@ -113,22 +155,14 @@ inline bool amx_permitted() {
     return permitted;
 }
 
-// Tile registers of this thread, all 16 rows of 64 bytes, while it lives. Registers 0 to 3 hold
-// sums, 4 and 5 rows, 6 and 7 tiles.
+// How this thread's tile registers are cut. Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7
+// tiles, all 16 rows of 64 bytes; HALF takes rows of 32 bytes by tiles of 8 units.
+enum class Cut { WHOLE, HALF };
+
 class AmxTiles {
   public:
     explicit AmxTiles(bool wanted) : wanted_(wanted) {
-        if (!wanted) return;
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } configuration;
-        for (int tile = 0; tile < 8; tile++) {
-            configuration.row_bytes[tile] = LINE;
-            configuration.rows[tile] = AMX_ROWS;
-        }
-        _tile_loadconfig(&configuration);
+        if (wanted) cut(Cut::WHOLE);
     }
     ~AmxTiles() {
         if (wanted_) _tile_release();
@@ -136,24 +170,41 @@ class AmxTiles {
     AmxTiles(const AmxTiles &) = delete;
     AmxTiles &operator=(const AmxTiles &) = delete;
 
+    // Forgets what the registers hold.
+    static void cut(Cut how) {
+        static const Configuration whole{LINE, TILE_ROWS}, half{LINE / 2, TILE_ROWS / 2};
+        _tile_loadconfig(how == Cut::WHOLE ? &whole : &half);
+    }
+
   private:
+    struct alignas(64) Configuration {
+        Configuration(int of_rows, int of_tiles) {
+            for (int tile = 0; tile < 8; tile++) {
+                row_bytes[tile] = tile == 4 || tile == 5 ? of_rows : LINE;
+                rows[tile] = tile == 6 || tile == 7 ? of_tiles : TILE_ROWS;
+            }
+        }
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+
     const bool wanted_;
 };
 
-// As `multiply`, 16 rows (R = 1) or 32 (R = 2), one segment of `units` units, a multiple of 16. All
-// these rows are read and written, wanted or not. Brings 2 KiB ahead for every 2 KiB of tiles.
+// As `multiply`, 16 rows (R = 1) or 32 (R = 2) whose second half begins at `low`, one segment of
+// `lines` lines. All these rows are read and written, wanted or not. Of the streams it takes two.
 template <int R>
-void amx_multiply(const char *rows, size_t row_bytes, const char *first, const char *second,
-                  int units, float *sums, bool accumulate, const char *ahead) {
+void amx_multiply(Rows rows, Rows low, const char *first, const char *second, int lines,
+                  float *sums, bool accumulate, Ahead ahead) {
     constexpr int SUMS_BYTES = WIDTH * sizeof(float);
-    float *low = sums + AMX_ROWS * WIDTH;
-    const char *low_rows = rows + AMX_ROWS * row_bytes;
+    float *low_sums = sums + TILE_ROWS * WIDTH;
     if (accumulate) {
         _tile_loadd(0, sums, SUMS_BYTES);
         _tile_loadd(1, sums + LANES, SUMS_BYTES);
         if constexpr (R == 2) {
-            _tile_loadd(2, low, SUMS_BYTES);
-            _tile_loadd(3, low + LANES, SUMS_BYTES);
+            _tile_loadd(2, low_sums, SUMS_BYTES);
+            _tile_loadd(3, low_sums + LANES, SUMS_BYTES);
         }
     } else {
         _tile_zero(0);
@@ -163,19 +214,19 @@ void amx_multiply(const char *rows, size_t row_bytes, const char *first, const c
             _tile_zero(3);
         }
     }
-    for (int unit = 0; unit < units; unit += AMX_UNITS) {
-        if (ahead) {
-            for (int line = 0; line < 2 * AMX_UNITS; line++)
-                _mm_prefetch(ahead + line * LINE, _MM_HINT_T1);
-            ahead += 2 * AMX_UNITS * LINE;
-        }
-        _tile_loadd(6, first + unit * LINE, LINE);
-        _tile_loadd(4, rows + unit * UNIT, row_bytes);
+    for (int l = 0; l < lines; l++) {
+        if (ahead.count)
+            for (int i = l * LINE_UNITS; i < (l + 1) * LINE_UNITS; i++) {
+                _mm_prefetch(ahead.streams[0] + i * LINE, _MM_HINT_T1);
+                _mm_prefetch(ahead.streams[1] + i * LINE, _MM_HINT_T1);
+            }
+        _tile_loadd(6, first + l * LINE_UNITS * LINE, LINE);
+        _tile_loadd(4, rows.line(l), rows.row_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, second + unit * LINE, LINE);
+        _tile_loadd(7, second + l * LINE_UNITS * LINE, LINE);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (R == 2) {
-            _tile_loadd(5, low_rows + unit * UNIT, row_bytes);
+            _tile_loadd(5, low.line(l), low.row_bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -183,22 +234,56 @@ void amx_multiply(const char *rows, size_t row_bytes, const char *first, const c
     _tile_stored(0, sums, SUMS_BYTES);
     _tile_stored(1, sums + LANES, SUMS_BYTES);
     if constexpr (R == 2) {
-        _tile_stored(2, low, SUMS_BYTES);
-        _tile_stored(3, low + LANES, SUMS_BYTES);
+        _tile_stored(2, low_sums, SUMS_BYTES);
+        _tile_stored(3, low_sums + LANES, SUMS_BYTES);
+    }
+}
+
+// sums [R * 16][32], accumulated, += rows . tiles over `segments` runs of 8 units each, with the
+// registers cut in HALF; `rows` holds the runs of a row one after another.
+template <int R>
+void amx_multiply_halves(const char *rows, size_t row_bytes, const char *const *first,
+                         const char *const *second, int segments, float *sums, size_t sums_bytes) {
+    const size_t next = TILE_ROWS * sums_bytes / sizeof(float);
+    _tile_loadd(0, sums, sums_bytes);
+    _tile_loadd(1, sums + LANES, sums_bytes);
+    if constexpr (R == 2) {
+        _tile_loadd(2, sums + next, sums_bytes);
+        _tile_loadd(3, sums + next + LANES, sums_bytes);
+    }
+    for (int segment = 0; segment < segments; segment++, rows += LINE / 2) {
+        _tile_loadd(6, first[segment], LINE);
+        _tile_loadd(4, rows, row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, second[segment], LINE);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (R == 2) {
+            _tile_loadd(5, rows + TILE_ROWS * row_bytes, row_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, sums_bytes);
+    _tile_stored(1, sums + LANES, sums_bytes);
+    if constexpr (R == 2) {
+        _tile_stored(2, sums + next, sums_bytes);
+        _tile_stored(3, sums + next + LANES, sums_bytes);
     }
 }
 
 // -- storing as tiles -----------------------------------------------------------------------------
 
-// Tiles of a weight [outputs, inputs]; `tiles` holds `outputs` rounded up to 32, what is beyond
-// them zeros.
+inline int64_t lines_of(int64_t elements, size_t size) { return divide_up(elements * size, LINE); }
+
+// Tiles of a weight [outputs, inputs], both filled up with zeros: outputs to 32, inputs to lines.
 template <class T>
 void pack(Team &team, const T *weight, int64_t outputs, int64_t inputs, T *tiles) {
     const int64_t units = inputs / PER_UNIT<T>;
+    const int64_t padded = lines_of(inputs, sizeof(T)) * LINE_UNITS;
     Tickets tickets(1);
     team.run([&](int) {
         for (int64_t tile; (tile = tickets.take(0)) < round_up(outputs, WIDTH) / LANES;) {
-            char *to = (char *)tiles + tile * units * LINE;
+            char *to = (char *)tiles + tile * padded * LINE;
             const int columns = int(std::clamp<int64_t>(outputs - tile * LANES, 0, LANES));
             const char *from = (const char *)(weight + tile * LANES * inputs);
             for (int64_t unit = 0; unit < units; unit++, to += LINE, from += UNIT) {
@@ -206,17 +291,17 @@ void pack(Team &team, const T *weight, int64_t outputs, int64_t inputs, T *tiles
                     std::memcpy(to + column * UNIT, from + column * units * UNIT, UNIT);
                 std::memset(to + columns * UNIT, 0, (LANES - columns) * UNIT);
             }
+            std::memset(to, 0, (padded - units) * LINE);
         }
     });
 }
 
 // One column of the tiles: row `index` of the matrix that was packed.
 template <class T> void unpack(const T *tiles, int64_t inputs, int64_t index, T *row) {
-    const int64_t units = inputs / PER_UNIT<T>;
-    const T *from =
-        tiles + index / LANES * units * LANES * PER_UNIT<T> + index % LANES * PER_UNIT<T>;
-    for (int64_t unit = 0; unit < units; unit++, from += LANES * PER_UNIT<T>)
-        for (int i = 0; i < PER_UNIT<T>; i++) row[unit * PER_UNIT<T> + i] = from[i];
+    const int64_t padded = lines_of(inputs, sizeof(T)) * LINE_UNITS;
+    const char *from = (const char *)tiles + index / LANES * padded * LINE + index % LANES * UNIT;
+    for (int64_t unit = 0; unit < inputs / PER_UNIT<T>; unit++, from += LINE)
+        std::memcpy((char *)row + unit * UNIT, from, UNIT);
 }
 
 } // namespace bulkhead

@@ -46,10 +46,10 @@ template <> inline bfloat16 narrow<bfloat16>(float value) {
     return {uint16_t(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0))};
 }
 
-// e^x to about one unit in the last place of float32: 2^n times a polynomial on [-ln2/2, ln2/2]
-// (Cephes, expf.c).
+// e^x to about one unit in the last place of float32, exactly 0 below -110: 2^n times a polynomial
+// on [-ln2/2, ln2/2] (Cephes, expf.c).
 inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    x = _mm512_max_ps(x, _mm512_set1_ps(-110.0f));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
