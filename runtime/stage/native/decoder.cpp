@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -42,24 +43,30 @@ template <class T>
 void finish(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row, int rows,
             const float *sums) {
     int64_t column = panel * WIDTH;
-    for (int half = 0; half < 2; half++, column += LANES) {
+    for (int half = 0; half < 2; half++, column += LANES, sums += LANES) {
         if (column >= linear.outputs) return;
         const int64_t left = linear.outputs - column;
         const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
         const __m512 bias = linear.bias ? _mm512_maskz_loadu_ps(mask, linear.bias + column)
                                         : _mm512_setzero_ps();
-        for (int r = 0; r < rows; r++) {
-            __m512 sum = _mm512_add_ps(load(sums + r * WIDTH + half * LANES), bias);
-            if (product.into == Into::LOGITS) {
-                _mm512_mask_storeu_ps(product.logits + (row + r) * linear.outputs + column, mask,
-                                      sum);
-                continue;
-            }
-            // Every width inside a layer is a multiple of 16 (native/stack.py).
-            T *to = product.output + (row + r) * linear.outputs + column;
-            if (product.into == Into::ADD)
-                sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(product.multiplier), load(to));
-            store(to, sum);
+        const int64_t width = linear.outputs;
+        if (product.into == Into::LOGITS) {
+            float *to = product.logits + row * width + column;
+            for (int r = 0; r < rows; r++, to += width)
+                _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(load(sums + r * WIDTH), bias));
+            continue;
+        }
+        // Every width inside a layer is a multiple of 16 (native/stack.py).
+        T *to = product.output + row * width + column;
+        if (product.into == Into::STORE) {
+            for (int r = 0; r < rows; r++, to += width)
+                store(to, _mm512_add_ps(load(sums + r * WIDTH), bias));
+            continue;
+        }
+        const __m512 multiplier = _mm512_set1_ps(product.multiplier);
+        for (int r = 0; r < rows; r++, to += width) {
+            __m512 sum = _mm512_add_ps(load(sums + r * WIDTH), bias);
+            store(to, _mm512_fmadd_ps(sum, multiplier, load(to)));
         }
     }
 }
@@ -110,10 +117,21 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
     const int passes = int(divide_up(end - begin, amx ? 2 * TILE_ROWS : ROWS));
     // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
     const int run = passes > 1 ? UNITS_IN_L1 / (amx ? 2 : 1) / LINE_UNITS : lines;
+    std::pair<int64_t, int> waiting; // first row and number of rows
+    const auto finish_waiting = [&] {
+        const auto [row, count] = waiting;
+        const float *sums = all_sums + (row - begin) * WIDTH;
+        if (product.into == Into::GATE)
+            finish_gates(linear, product, panel, row, count, sums);
+        else
+            finish(linear, product, panel, row, count, sums);
+    };
     for (int line = 0; line < lines; line += run) {
         const int length = std::min(run, lines - line);
         const char *l = first + size_t(line) * LINE_UNITS * LINE;
         const char *h = second + size_t(line) * LINE_UNITS * LINE;
+        const bool last = line + length == lines;
+        waiting = {begin, 0};
         for (int64_t row = begin; row < end;) {
             float *sums = all_sums + (row - begin) * WIDTH;
             const auto rows_at = [&](int64_t r) {
@@ -133,14 +151,12 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
                 kernel<T>(count)(rows_at(row), &l, &h, 1, length * LINE_UNITS, sums, line > 0,
                                  ahead);
             }
-            if (line + length == lines) {
-                if (product.into == Into::GATE)
-                    finish_gates(linear, product, panel, row, count, sums);
-                else
-                    finish(linear, product, panel, row, count, sums);
-            }
+            // A block's sums are taken to their place while the next block is in the tile registers.
+            if (last) finish_waiting();
+            waiting = {row, count};
             row += count;
         }
+        if (last) finish_waiting();
     }
 }
 
