@@ -21,7 +21,11 @@ from transformers import LlamaConfig
 
 from runtime.shard.rank import extension_directory, failure_text
 from runtime.stage import tensor_parallel
+from runtime.stage.checkpoint import ProgressCount, open_checkpoint
 from runtime.stage.errors import RankFailed, UnsupportedModel
+from runtime.stage.fused import split_fused
+from runtime.stage.layers import LayerStack
+from runtime.stage.probe import ShardingProbe
 from runtime.stage.stage import StageRunner
 from runtime.stage.tensor_parallel import TensorParallelGroup, TensorParallelPlan, sweep_segments
 from security.channel.frame import SequenceStep, StepHeader
@@ -258,6 +262,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.self_attn = nn.Module()
+        self.self_attn.head_dim = 4
         self.self_attn.o_proj = nn.Linear(8, 8)
         self.mlp = nn.Module()
         self.extra = nn.Linear(8, 8)
@@ -292,6 +297,35 @@ def test_a_layer_sharded_differently_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert expected["self_attn.o_proj.bias"].shape == (8,)
     with pytest.raises(UnsupportedModel, match="differently"):
         plan.check_sharded(layer, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["gemma3_text", "phi3", "qwen3"])
+def test_a_layer_that_computes_something_else_is_refused(
+    variant: str,
+    dtype: str,
+    checkpoint: Callable[[str], Path],
+    open_files: Callable[[Path], ModelFiles],
+) -> None:
+    wanted = settings(1, 3, dtype=dtype)
+    opened = open_checkpoint(open_files(checkpoint(variant)), wanted)
+    probe = ShardingProbe(opened.parts, wanted)
+    layers: list[nn.Module] = []
+    LayerStack(opened, wanted, ProgressCount(0, None), layers.append)
+    for layer in layers:
+        whole = probe.output(layer, 1)
+        split_fused(opened.parts.config, layer)
+        probe.check(layer, probe.output(layer, 1), whole)
+        for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+            weight = layer.get_submodule(name).weight
+            # Two heads, or two halves of a sum, in each other's place.
+            right = weight.clone()
+            weight.copy_(right.flip(0))
+            with pytest.raises(UnsupportedModel, match="found another output"):
+                probe.check(layer, probe.output(layer, 1), whole)
+            weight.copy_(right)
+        with pytest.raises(UnsupportedModel, match="found another output"):
+            probe.check(layer, torch.full_like(whole, torch.nan), whole)
 
 
 REFUSED = {
