@@ -154,6 +154,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.model_type: family
         for family in (
+            Family("apertus", "ApertusConfig", "ApertusForCausalLM"),
+            Family("arcee", "ArceeConfig", "ArceeForCausalLM"),
             Family("cohere", "CohereConfig", "CohereForCausalLM", logits_multiplier="logit_scale"),
             Family(
                 "cohere2", "Cohere2Config", "Cohere2ForCausalLM", logits_multiplier="logit_scale"
@@ -186,8 +188,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 logits_divisor="logits_scaling",
             ),
             Family("helium", "HeliumConfig", "HeliumForCausalLM"),
+            Family("hunyuan_v1_dense", "HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM"),
+            Family("jais2", "Jais2Config", "Jais2ForCausalLM"),
             Family("llama", "LlamaConfig", "LlamaForCausalLM"),
             Family("ministral", "MinistralConfig", "MinistralForCausalLM"),
+            Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM"),
             Family("mistral", "MistralConfig", "MistralForCausalLM"),
             Family("mixtral", "MixtralConfig", "MixtralForCausalLM", experts=_MIXTRAL_EXPERTS),
             Family("olmo", "OlmoConfig", "OlmoForCausalLM"),
@@ -202,6 +207,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
             Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
             Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM"),
+            Family(
+                "vaultgemma",
+                "VaultGemmaConfig",
+                "VaultGemmaForCausalLM",
+                logits_soft_cap="final_logit_softcapping",
+            ),
         )
     }
 )
