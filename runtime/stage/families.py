@@ -122,7 +122,8 @@ class Family:
         """The whole model without storage; only the modelling module of the family is imported.
 
         Raises:
-            UnsupportedModel: the model has modules outside its layers that no stage computes.
+            UnsupportedModel: the model has modules outside its layers that no stage computes, or
+                layers whose attention is not causal.
         """
         import torch
         from transformers.initialization import no_init_weights
@@ -140,6 +141,12 @@ class Family:
                 f"{self.model_class}: expected embedding, layers, norm, rotary embedding and head, "
                 f"found also {unknown}, which no stage computes"
             )
+        for index, layer in enumerate(cast("nn.ModuleList", model.get_submodule("model.layers"))):
+            if not getattr(layer.get_submodule("self_attn"), "is_causal", True):
+                raise UnsupportedModel(
+                    f"{self.model_class}: expected causal attention in every layer, found layer "
+                    f"{index} without it; stages serve models that generate token by token"
+                )
         return DecoderParts(model, config, self)
 
     def _part(self, kind: str, name: str) -> object:

@@ -152,6 +152,13 @@ def test_models_that_are_not_computed_are_refused(
         StageRunner(changed("llama", **config), settings())
 
 
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text"])
+def test_an_embedding_model_is_refused(variant: str, changed: Callable[..., ModelFiles]) -> None:
+    files = changed(variant, use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedModel, match=r"expected causal attention .*found layer 0"):
+        StageRunner(files, settings(2, 3))
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b" " * (2 << 20)])
 def test_a_config_that_is_none_is_refused(data: bytes) -> None:
     with pytest.raises(UnsupportedModel, match=r"config\.json: expected"):
