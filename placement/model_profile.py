@@ -111,6 +111,7 @@ class _Family:
         query_norms: whether q and k are normalised.
         wide_query_norms: they have weights for every head, not one set for all heads.
         sinks: every query head has an attention sink.
+        activation_parameters: learned numbers of the MLP's activation.
         mlp_matrices: 3 for gate, up and down, 2 for an MLP without a gate.
         experts: the config's name for the number of experts, "" for a dense MLP.
         expert_size: the config's name for the width of an expert.
@@ -132,6 +133,7 @@ class _Family:
     query_norms: _Flag = False
     wide_query_norms: bool = False
     sinks: bool = False
+    activation_parameters: int = 0
     mlp_matrices: int = 3
     experts: str = ""
     expert_size: str = ""
@@ -167,6 +169,15 @@ _OLMO2: Final = replace(
 )
 _FAMILIES: Mapping[str, _Family] = MappingProxyType(
     {
+        "apertus": _Family(
+            qkv_bias=_ATTENTION_BIAS,
+            o_bias=_ATTENTION_BIAS,
+            query_norms=True,
+            activation_parameters=2,
+            mlp_matrices=2,
+            default_kv_heads=None,
+        ),
+        "arcee": replace(_LLAMA, mlp_matrices=2),
         "cohere": replace(_COHERE, query_norms=("use_qk_norm", False), wide_query_norms=True),
         "cohere2": _COHERE,
         "cwm": _Family(mlp_bias=_MLP_BIAS, default_head_dim=128),
@@ -195,8 +206,20 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         ),
         "granite": _LLAMA,
         "helium": _Family(qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS, default_head_dim=128),
+        "hunyuan_v1_dense": replace(
+            _LLAMA, mlp_bias=False, query_norms=True, tensor_parallel=False
+        ),
+        "jais2": _Family(
+            qkv_bias=("attention_bias", True),
+            o_bias=("attention_bias", True),
+            mlp_bias=("mlp_bias", True),
+            norm_tensors=2,
+            mlp_matrices=2,
+            default_kv_heads=None,
+        ),
         "llama": _LLAMA,
         "ministral": _Family(),
+        "ministral3": _Family(default_head_dim=128),
         "mistral": _Family(),
         "mixtral": _Family(
             experts="num_local_experts", expert_size="intermediate_size", tensor_parallel=False
@@ -243,6 +266,7 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
             mlp_matrices=2,
             default_tied=True,
         ),
+        "vaultgemma": _GEMMA,
     }
 )
 
@@ -335,7 +359,7 @@ class _Attention:
     Attributes:
         parameters: of the projections.
         bias: of the output projection, which every rank adds to the sum and so holds.
-        others: of all norms of the layer, and sinks.
+        others: of all norms of the layer, sinks, and its activation.
         shardable: no parameter belongs to several heads without being a projection's.
     """
 
@@ -354,6 +378,7 @@ def _attention(
     projections = hidden * qkv + heads * head_dim * hidden
     projections += bias + (qkv if _has(config, family.qkv_bias) else 0)
     others = family.norms * family.norm_tensors * hidden + (heads if family.sinks else 0)
+    others += family.activation_parameters
     normalised = _has(config, family.query_norms)
     if normalised:
         others += (heads + kv_heads if family.wide_query_norms else 2) * head_dim

@@ -36,6 +36,8 @@ _WINDOWED = ["sliding_attention", "full_attention"] * 3
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]]] = {
+    "apertus": (transformers.ApertusConfig, {}),
+    "arcee": (transformers.ArceeConfig, {"mlp_bias": True}),
     "cohere": (transformers.CohereConfig, {"use_qk_norm": True}),
     "cohere2": (transformers.Cohere2Config, {"sliding_window": 11, "layer_types": _WINDOWED}),
     "cwm": (
@@ -91,10 +93,26 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]
         },
     ),
     "helium": (transformers.HeliumConfig, {"head_dim": 16}),
+    "hunyuan_v1_dense": (transformers.HunYuanDenseV1Config, {"head_dim": 16}),
+    "jais2": (transformers.Jais2Config, {}),
     "llama": (transformers.LlamaConfig, {}),
     "ministral": (
         transformers.MinistralConfig,
         {"head_dim": 16, "sliding_window": 11, "layer_types": _WINDOWED},
+    ),
+    "ministral3": (
+        transformers.Ministral3Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 16,
+                # Queries grow with their position, in steps of the original context.
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
     ),
     "mistral": (transformers.MistralConfig, {"head_dim": 16, "sliding_window": 48}),
     "mixtral": (
@@ -130,6 +148,18 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, object]
         },
     ),
     "starcoder2": (transformers.Starcoder2Config, {"sliding_window": 11, "use_bias": True}),
+    "vaultgemma": (
+        transformers.VaultGemmaConfig,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 11,
+            "layer_types": _WINDOWED,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 

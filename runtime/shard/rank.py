@@ -42,7 +42,8 @@ from security.errors import SecurityError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig
+
+    from runtime.stage.families import DecoderParts
 
 __all__ = ["extension_directory", "failure_text", "main"]
 
@@ -119,7 +120,7 @@ def _serve(
 
     files = ModelFiles(Path(job.model_directory), Manifest.from_bytes(manifest))
     checkpoint = open_checkpoint(files, job.settings)
-    shard = _join(job, checkpoint.parts.config)
+    shard = _join(job, checkpoint.parts)
     reported = 0
 
     def report(done_bytes: int, _total_bytes: int) -> None:
@@ -162,12 +163,15 @@ def _set_environment(job: RankJob) -> None:
     )
 
 
-def _join(job: RankJob, config: PretrainedConfig) -> Callable[[nn.Module], None]:
+def _join(job: RankJob, parts: DecoderParts) -> Callable[[nn.Module], None]:
     """Joins the group and returns what shards a layer."""
     import torch
     from torch import nn
 
-    plan = TensorParallelPlan(config, job.settings.tp)
+    from runtime.stage.probe import ShardingProbe
+
+    plan = TensorParallelPlan(parts.config, job.settings.tp)
+    probe = ShardingProbe(parts, job.settings)
 
     torch.distributed.init_process_group(
         "gloo",
@@ -189,10 +193,13 @@ def _join(job: RankJob, config: PretrainedConfig) -> Callable[[nn.Module], None]
     faulthandler.cancel_dump_traceback_later()
 
     def shard(layer: nn.Module) -> None:
+        whole_output = probe.output(layer, 1)
         plan.prepare(layer)
         expected = plan.expected_slices(layer, job.rank)
         shell = nn.ModuleList([layer])
-        vars(shell)["config"] = config  # DeepSpeed splits attention by the heads it finds here
+        vars(shell)["config"] = (
+            parts.config
+        )  # DeepSpeed splits attention by the heads it finds here
         deepspeed.init_inference(
             shell,
             # Its default grain of 64 rows would split narrow linears unevenly, or not at all.
@@ -203,6 +210,7 @@ def _join(job: RankJob, config: PretrainedConfig) -> Callable[[nn.Module], None]
         )
         plan.check_sharded(layer, expected)
         plan.localise(layer)
+        probe.check(layer, probe.output(layer, job.settings.tp), whole_output)
 
     return shard
 

@@ -128,6 +128,9 @@ class _Layout:
 _BEFORE = MappingProxyType(
     {"input_layernorm": "before_attention", "post_attention_layernorm": "before_mlp"}
 )
+_BEFORE_FEEDFORWARD = MappingProxyType(
+    {"input_layernorm": "before_attention", "pre_feedforward_layernorm": "before_mlp"}
+)
 _AFTER = MappingProxyType(
     {"post_attention_layernorm": "after_attention", "post_feedforward_layernorm": "after_mlp"}
 )
@@ -157,11 +160,12 @@ _LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
         "Qwen3DecoderLayer": _Layout(_BEFORE, window="attribute"),
         "SeedOssDecoderLayer": _Layout(_BEFORE),
         "SmolLM3DecoderLayer": _Layout(_BEFORE, window="attribute", unrotated="flag"),
+        "VaultGemmaDecoderLayer": _Layout(_BEFORE_FEEDFORWARD, window="attribute", soft_cap=True),
     }
 )
 
 _WEIGHT_IN_FLOAT32 = ("Olmo2RMSNorm", "Olmo3RMSNorm")
-_OFFSET_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+_OFFSET_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "VaultGemmaRMSNorm")
 _PLAIN_NORMS = (
     "CwmRMSNorm",
     "Exaone4RMSNorm",

@@ -122,7 +122,8 @@ class Family:
         """The whole model without storage; only the modelling module of the family is imported.
 
         Raises:
-            UnsupportedModel: the model has modules outside its layers that no stage computes.
+            UnsupportedModel: the model has modules outside its layers that no stage computes, or
+                layers whose attention is not causal.
         """
         import torch
         from transformers.initialization import no_init_weights
@@ -140,6 +141,12 @@ class Family:
                 f"{self.model_class}: expected embedding, layers, norm, rotary embedding and head, "
                 f"found also {unknown}, which no stage computes"
             )
+        for index, layer in enumerate(cast("nn.ModuleList", model.get_submodule("model.layers"))):
+            if not getattr(layer.get_submodule("self_attn"), "is_causal", True):
+                raise UnsupportedModel(
+                    f"{self.model_class}: expected causal attention in every layer, found layer "
+                    f"{index} without it; stages serve models that generate token by token"
+                )
         return DecoderParts(model, config, self)
 
     def _part(self, kind: str, name: str) -> object:
@@ -154,6 +161,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.model_type: family
         for family in (
+            Family("apertus", "ApertusConfig", "ApertusForCausalLM"),
+            Family("arcee", "ArceeConfig", "ArceeForCausalLM"),
             Family("cohere", "CohereConfig", "CohereForCausalLM", logits_multiplier="logit_scale"),
             Family(
                 "cohere2", "Cohere2Config", "Cohere2ForCausalLM", logits_multiplier="logit_scale"
@@ -186,8 +195,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 logits_divisor="logits_scaling",
             ),
             Family("helium", "HeliumConfig", "HeliumForCausalLM"),
+            Family("hunyuan_v1_dense", "HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM"),
+            Family("jais2", "Jais2Config", "Jais2ForCausalLM"),
             Family("llama", "LlamaConfig", "LlamaForCausalLM"),
             Family("ministral", "MinistralConfig", "MinistralForCausalLM"),
+            Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM"),
             Family("mistral", "MistralConfig", "MistralForCausalLM"),
             Family("mixtral", "MixtralConfig", "MixtralForCausalLM", experts=_MIXTRAL_EXPERTS),
             Family("olmo", "OlmoConfig", "OlmoForCausalLM"),
@@ -202,6 +214,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
             Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
             Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM"),
+            Family(
+                "vaultgemma",
+                "VaultGemmaConfig",
+                "VaultGemmaForCausalLM",
+                logits_soft_cap="final_logit_softcapping",
+            ),
         )
     }
 )

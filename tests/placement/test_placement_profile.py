@@ -25,6 +25,8 @@ BASE = {
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = [
+    ("apertus", {"attention_bias": True}),
+    ("arcee", {"mlp_bias": True}),
     ("cohere", {}),
     ("cohere", {"use_qk_norm": True, "attention_bias": True}),
     ("cohere2", {}),
@@ -39,10 +41,14 @@ FAMILIES = [
     ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("granite", {"attention_bias": True, "mlp_bias": True}),
     ("helium", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    ("hunyuan_v1_dense", {"head_dim": 12}),
+    ("jais2", {}),
+    ("jais2", {"attention_bias": False, "mlp_bias": False}),
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"head_dim": 32}),
     ("ministral", {"head_dim": 40}),
+    ("ministral3", {}),
     ("mistral", {}),
     ("mistral", {"head_dim": 40, "sliding_window": 64}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -73,6 +79,7 @@ FAMILIES = [
     ("smollm3", {"attention_bias": True}),
     ("starcoder2", {}),
     ("starcoder2", {"use_bias": False}),
+    ("vaultgemma", {}),
 ]
 DENSE = [(family, extra) for family, extra in FAMILIES if "num_experts_per_tok" not in extra]
 

@@ -79,7 +79,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 
 # Those whose layers `describe_layer` describes, so that the native decoder computes them.
 DESCRIBED = (
-    "cwm", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "linear-rope", "llama",
-    "llama3-rope", "longrope", "longrope-llama", "ministral", "mistral", "mistral-window", "olmo2",
-    "olmo3", "phi3", "qwen2", "qwen2-window", "qwen3", "seed_oss", "smollm3", "yarn",
+    "cwm", "exaone4", "gemma", "gemma-wider", "gemma2", "gemma2-wider", "gemma3_text",
+    "gemma3_text-wider", "granite", "linear-rope", "llama", "llama3-rope", "longrope",
+    "longrope-llama", "ministral", "mistral", "mistral-window", "olmo2", "olmo3", "phi3", "qwen2",
+    "qwen2-window", "qwen3", "seed_oss", "smollm3", "vaultgemma", "yarn",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from stage_chain import step
 from stage_models import settings
+from stage_variants import VARIANTS
 
 from runtime.stage.errors import CheckpointMismatch, UnsupportedModel
 from runtime.stage.families import parse_config
@@ -85,12 +86,15 @@ def test_a_stage_reads_its_own_tensors_once(
     assert steps == sorted(steps) and len(steps) > last - first
 
 
-def test_weights_are_converted(checkpoint: Callable[[str], Path]) -> None:
-    files = ModelFiles(checkpoint("llama"), build_manifest(checkpoint("llama")))
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        stage = StageRunner(files, settings(0, 2, dtype=name))
-        hidden = stage.forward(step(count=3), token_ids=[1, 2, 3])
-        assert hidden.dtype == dtype and bool(torch.isfinite(hidden).all())
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_are_converted(variant: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
+    files = ModelFiles(checkpoint(variant), build_manifest(checkpoint(variant)))
+    stage = StageRunner(files, settings(0, 2, dtype=dtype))
+    hidden = stage.forward(step(count=3), token_ids=[1, 2, 3])
+    assert hidden.dtype == getattr(torch, dtype) and bool(torch.isfinite(hidden).all())
+    hidden = stage.forward(step(start=3), token_ids=[4])
+    assert hidden.dtype == getattr(torch, dtype) and bool(torch.isfinite(hidden).all())
 
 
 def test_an_old_exporters_frequencies_are_ignored(changed: Callable[..., ModelFiles]) -> None:
@@ -150,6 +154,13 @@ def test_models_that_are_not_computed_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=text):
         StageRunner(changed("llama", **config), settings())
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text"])
+def test_an_embedding_model_is_refused(variant: str, changed: Callable[..., ModelFiles]) -> None:
+    files = changed(variant, use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedModel, match=r"expected causal attention .*found layer 0"):
+        StageRunner(files, settings(2, 3))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b" " * (2 << 20)])

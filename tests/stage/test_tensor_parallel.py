@@ -21,7 +21,11 @@ from transformers import LlamaConfig
 
 from runtime.shard.rank import extension_directory, failure_text
 from runtime.stage import tensor_parallel
+from runtime.stage.checkpoint import ProgressCount, open_checkpoint
 from runtime.stage.errors import RankFailed, UnsupportedModel
+from runtime.stage.fused import split_fused
+from runtime.stage.layers import LayerStack
+from runtime.stage.probe import ShardingProbe
 from runtime.stage.stage import StageRunner
 from runtime.stage.tensor_parallel import TensorParallelGroup, TensorParallelPlan, sweep_segments
 from security.channel.frame import SequenceStep, StepHeader
@@ -31,6 +35,11 @@ HERE = Path(__file__).resolve().parent
 PATHS = (str(HERE), str(HERE.parent), str(HERE.parent.parent))
 LENGTHS = (1, 4, 5, 13, 2, 37, 24, 50)
 STEP = StepHeader(0, (SequenceStep(0, 0, 3, (5,), GREEDY),))
+
+STALE = tensor_parallel.SEGMENT_DIRECTORY / (
+    f"deepspeed_allreduce_buffer_{os.getuid()}_bulkhead-{tensor_parallel._pid_namespace()}"
+    f"-{2**22 + 1}-5-{'ab' * 16}_0_1"
+)
 
 
 def ranks_of(stage: StageRunner) -> TensorParallelGroup:
@@ -83,6 +92,8 @@ def stage(checkpoint: Callable[[str], Path]) -> Iterator[StageRunner]:
     from security.manifest import build_manifest
 
     directory = checkpoint("qwen3")
+    # What a group leaves that was killed between mapping and unlinking.
+    STALE.touch()
     runner = StageRunner(ModelFiles(directory, build_manifest(directory)), settings(tp=2))
     yield runner
     runner.close()
@@ -99,6 +110,7 @@ def test_tokens_equal_generate(stage: StageRunner, checkpoint: Callable[[str], P
 
 def test_ranks_leave_nothing_and_listen_nowhere_else(stage: StageRunner) -> None:
     assert segments() == set()
+    assert not STALE.exists()
     for pid in ranks_of(stage).pids:
         assert alive(pid)
         # 127.0.0.1, in the byte order of the machine.
@@ -258,6 +270,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.self_attn = nn.Module()
+        self.self_attn.head_dim = 4
         self.self_attn.o_proj = nn.Linear(8, 8)
         self.mlp = nn.Module()
         self.extra = nn.Linear(8, 8)
@@ -294,9 +307,39 @@ def test_a_layer_sharded_differently_is_refused(monkeypatch: pytest.MonkeyPatch)
         plan.check_sharded(layer, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["gemma3_text", "phi3", "qwen3"])
+def test_a_layer_that_computes_something_else_is_refused(
+    variant: str,
+    dtype: str,
+    checkpoint: Callable[[str], Path],
+    open_files: Callable[[Path], ModelFiles],
+) -> None:
+    wanted = settings(1, 3, dtype=dtype)
+    opened = open_checkpoint(open_files(checkpoint(variant)), wanted)
+    probe = ShardingProbe(opened.parts, wanted)
+    layers: list[nn.Module] = []
+    LayerStack(opened, wanted, ProgressCount(0, None), layers.append)
+    for layer in layers:
+        whole = probe.output(layer, 1)
+        split_fused(opened.parts.config, layer)
+        probe.check(layer, probe.output(layer, 1), whole)
+        for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+            weight = layer.get_submodule(name).weight
+            # Two heads, or two halves of a sum, in each other's place.
+            right = weight.clone()
+            weight.copy_(right.flip(0))
+            with pytest.raises(UnsupportedModel, match="found another output"):
+                probe.check(layer, probe.output(layer, 1), whole)
+            weight.copy_(right)
+        with pytest.raises(UnsupportedModel, match="found another output"):
+            probe.check(layer, torch.full_like(whole, torch.nan), whole)
+
+
 REFUSED = {
     "cohere": r"self_attn\.q_norm\.weight: expected \[16\], one head's width, found \[4, 16\]",
     "gpt_oss": "gpt_oss: expected a base_model_tp_plan .* found none",
+    "hunyuan_v1_dense": "hunyuan_v1_dense: expected a base_model_tp_plan .* found none",
     "mixtral": "mixtral: base_model_tp_plan says mlp.experts.*: packed_colwise",
     "olmo2": r"olmo2: base_model_tp_plan says self_attn.q_proj: colwise_gather_output",
     "olmo3": r"olmo3: base_model_tp_plan says self_attn.q_proj: colwise_gather_output",
