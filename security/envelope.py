@@ -2,7 +2,7 @@
 
 A request is one HPKE message (RFC 9180, base mode, single shot) to the head's X25519 key from a
 verified roster; `info` binds the pipeline instance and that key. Inside are the time, a fresh
-32-byte response key and the request itself, zero-padded to a bucket.
+32-byte response key and the request itself with the client's credential, zero-padded to a bucket.
 
 The answer is a stream that may be cut anywhere in transit:
 
@@ -42,6 +42,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from security.errors import SecurityError
 
 __all__ = [
+    "MAX_CREDENTIAL_BYTES",
+    "MAX_RETRY_AFTER_SECONDS",
     "EnvelopeClient",
     "EnvelopeError",
     "EnvelopeServer",
@@ -62,26 +64,34 @@ __all__ = [
 
 MAX_CLOCK_SKEW_SECONDS: Final = 300
 MAX_REMEMBERED: Final = 2**18
+MAX_CREDENTIAL_BYTES: Final = 8192
+MAX_RETRY_AFTER_SECONDS: Final = 3600
 
 _SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 # An encapsulated X25519 key and a tag.
 _HPKE_OVERHEAD: Final = 48
 _KEY_BYTES: Final = 32
 _TAG_BYTES: Final = 16
-_VERSION: Final = 1
-# Version, time in milliseconds since 1970, response key, lengths of the four fields.
-_REQUEST: Final = struct.Struct(f">BQ{_KEY_BYTES}sHHHI")
+_VERSION: Final = 2
+# Version, time in milliseconds since 1970, response key, lengths of the five fields.
+_REQUEST: Final = struct.Struct(f">BQ{_KEY_BYTES}sHHHHI")
 _REQUEST_BUCKET: Final = 1024
-_MAX_FIELD_BYTES: Final = {"method": 16, "path": 2048, "content_type": 256}
+_MAX_FIELD_BYTES: Final = {
+    "method": 16,
+    "path": 2048,
+    "content_type": 256,
+    "credential": MAX_CREDENTIAL_BYTES,
+}
 
-_RESPONSE_MAGIC: Final = b"BHR1"
+_RESPONSE_MAGIC: Final = b"BHR2"
 _RECORD_LENGTH: Final = struct.Struct(">I")
 _PLAIN: Final = struct.Struct(">BI")
 _HEAD, _BODY, _END = 1, 2, 3
 _BUCKETS: Final = (512, 2048, 8192, 32768)
 _MAX_CONTENT: Final = _BUCKETS[-1] - _PLAIN.size
 _NONCE: Final = struct.Struct(">IQ")
-_STATUS: Final = struct.Struct(">H")
+# Status, seconds to wait before a retry (0: not said); the content type follows.
+_START: Final = struct.Struct(">HH")
 
 
 class EnvelopeError(SecurityError):
@@ -140,20 +150,29 @@ class ResponseTruncated(EnvelopeError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An HTTP request as the head's OpenAI layer takes it."""
+    """An HTTP request as the head's OpenAI layer takes it.
+
+    `credential` is the Authorization header's value, "" where there is none. The head tells tenants
+    apart by it; like the body, it is only ever in clear at the two ends.
+    """
 
     method: str
     path: str
     content_type: str
     body: bytes = field(repr=False)
+    credential: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """What comes before the body of an answer."""
+    """What comes before the body of an answer.
+
+    `retry_after` is HTTP's Retry-After in seconds, 1 to MAX_RETRY_AFTER_SECONDS, or None.
+    """
 
     status: int
     content_type: str
+    retry_after: int | None = None
 
 
 ResponseEvent = ResponseHead | bytes
@@ -172,7 +191,8 @@ class EnvelopeClient:
     def seal(self, request: Request) -> tuple[bytes, "ResponseOpener"]:
         """The sealed request, and what opens its answer. Each is for one use.
 
-        Raises RequestTooLong where method, path or content type is too long to be sent.
+        Raises RequestTooLong where method, path, content type or credential is too long to be
+        sent, and RequestMalformed where one of them is not ASCII.
         """
         fields = [
             _field_bytes(name, text)
@@ -180,6 +200,7 @@ class EnvelopeClient:
                 ("method", request.method),
                 ("path", request.path),
                 ("content_type", request.content_type),
+                ("credential", request.credential),
             )
         ]
         response_key = secrets.token_bytes(_KEY_BYTES)
@@ -272,10 +293,11 @@ class ResponseSealer:
         self._count = 0
         self._ended = False
 
-    def head(self, status: int, content_type: str) -> bytes:
-        """The start of the answer."""
+    def head(self, status: int, content_type: str, retry_after: int | None = None) -> bytes:
+        """The start of the answer; see ResponseHead."""
         assert self._count == 0, "the head comes first, and once"
-        content = _STATUS.pack(status) + _field_bytes("content_type", content_type)
+        assert retry_after is None or 1 <= retry_after <= MAX_RETRY_AFTER_SECONDS
+        content = _START.pack(status, retry_after or 0) + _field_bytes("content_type", content_type)
         return _RESPONSE_MAGIC + self._salt + self._record(_HEAD, content)
 
     def body(self, content: bytes) -> bytes:
@@ -379,10 +401,12 @@ class ResponseOpener:
         if kind == _END:
             self._ended = True
             return None
-        if length < _STATUS.size or not content[_STATUS.size :].isascii():
+        if length < _START.size or not content[_START.size :].isascii():
             raise ResponseTampered("the answer's head is malformed")
-        (status,) = _STATUS.unpack_from(content)
-        return ResponseHead(status, content[_STATUS.size :].decode("ascii"))
+        status, retry_after = _START.unpack_from(content)
+        if retry_after > MAX_RETRY_AFTER_SECONDS:
+            raise ResponseTampered("the answer's head is malformed")
+        return ResponseHead(status, content[_START.size :].decode("ascii"), retry_after or None)
 
 
 def _info(instance: str, head_key: bytes) -> bytes:
@@ -410,7 +434,10 @@ def _parse_request(plain: bytes) -> tuple[Request, int, bytes]:
         )
     version, milliseconds, response_key, *lengths = _REQUEST.unpack_from(plain)
     if version != _VERSION:
-        raise RequestMalformed(f"request: expected version {_VERSION}, found {version}")
+        raise RequestMalformed(
+            f"request: expected version {_VERSION}, found {version}; run the same release of "
+            "Bulkhead on both sides"
+        )
     end = _REQUEST.size + sum(lengths)
     padding = len(plain) - end
     if not 0 <= padding < _REQUEST_BUCKET or any(plain[end:]):
@@ -425,8 +452,9 @@ def _parse_request(plain: bytes) -> tuple[Request, int, bytes]:
             raise RequestMalformed(f"{name}: expected ASCII characters")
         texts.append(content.decode("ascii"))
         at += length
-    method, path, content_type = texts
-    return Request(method, path, content_type, plain[at:end]), milliseconds, response_key
+    method, path, content_type, credential = texts
+    request = Request(method, path, content_type, plain[at:end], credential)
+    return request, milliseconds, response_key
 
 
 def _response_cipher(response_key: bytes, salt: bytes) -> AESGCM:

@@ -3,7 +3,8 @@
 Shared by the Serve deployment (`serving.app`), which reaches the head over gRPC, and by the
 client's local proxy (`serving.connect`), which reaches it through the deployment:
 
-    plain    any method on /v1/...     read here, sealed to the head's key, answer opened here
+    plain    any method on /v1/...     read here, sealed to the head's key with the client's
+                                       Authorization header, answer opened here
     sealed   POST /bulkhead/sealed     opaque both ways; the relay has no key
     both     GET /bulkhead/status      state, plan, weaknesses
              GET /bulkhead/roster      the signed documents that a client verifies by itself
@@ -229,6 +230,7 @@ class Relay:
             path=request.url.path + query,
             content_type=request.headers.get("content-type", ""),
             body=body,
+            credential=_credential(request),
         )
         answer = self._ask(route, inner)
         async with aclosing(answer):
@@ -271,7 +273,10 @@ class Relay:
             body += event
             if len(body) > MAX_ANSWER_BYTES:
                 raise AnswerTooLong
-        await _send(send, Response(bytes(body), head.status, media_type=head.content_type))
+        response = Response(bytes(body), head.status, media_type=head.content_type)
+        if head.retry_after is not None:
+            response.headers["retry-after"] = str(head.retry_after)
+        await _send(send, response)
 
     # -- sealed requests -----------------------------------------------------------------------
 
@@ -379,6 +384,10 @@ class _BodyTooLongError(Exception):
         super().__init__(f"the request's body is longer than {limit} bytes")
 
 
+class _CredentialRefusedError(Exception):
+    """The Authorization header cannot be sealed; the text never holds it."""
+
+
 async def _wait_for_disconnect(receive: Receive, body_read: asyncio.Event) -> None:
     await body_read.wait()
     while (await receive())["type"] != "http.disconnect":
@@ -397,6 +406,20 @@ async def _read_body(request: Request, limit: int) -> bytes:
             raise _BodyTooLongError(limit)
     request.state.body_read.set()
     return bytes(body)
+
+
+def _credential(request: Request) -> str:
+    """The client's Authorization header, which only the head may use.
+
+    Raises _CredentialRefusedError where it is too long or not ASCII, as HTTP wants it to be.
+    """
+    credential = request.headers.get("authorization", "")
+    if not credential.isascii() or len(credential) > envelope.MAX_CREDENTIAL_BYTES:
+        raise _CredentialRefusedError(
+            f"Authorization: expected at most {envelope.MAX_CREDENTIAL_BYTES} ASCII characters, "
+            f"found {len(credential)} characters; send a shorter key"
+        )
+    return credential
 
 
 async def _send_events(
@@ -442,6 +465,8 @@ def _failure_response(error: Exception) -> Response:
     match error:
         case _BodyTooLongError():
             return error_response(413, f"{error}; send less", "request_too_long")
+        case _CredentialRefusedError():
+            return error_response(431, str(error), "credential_refused")
         case envelope.RequestTooLong():
             return error_response(414, str(error), error.code)
         case RequestRefused():

@@ -26,7 +26,13 @@ from security.envelope import (
 
 HEAD = X25519PrivateKey.from_private_bytes(bytes(range(32)))
 HEAD_KEY = HEAD.public_key().public_bytes_raw()
-REQUEST = Request("POST", "/v1/completions", "application/json", b'{"prompt": "secret words"}')
+REQUEST = Request(
+    "POST",
+    "/v1/completions",
+    "application/json",
+    b'{"prompt": "secret words"}',
+    "Bearer sk-credential",
+)
 LIMIT = 1 << 20
 
 
@@ -76,8 +82,28 @@ def test_round_trip(client: EnvelopeClient, server: EnvelopeServer) -> None:
     opener.finish()
     assert events[0] == ResponseHead(200, "text/event-stream")
     assert b"".join(events[1:]) == b"one" + b"two" * 30_000
-    for secret in (b"secret", b"prompt", b"completions", b"event-stream", b"two"):
+    for secret in (b"secret", b"prompt", b"completions", b"event-stream", b"two", b"sk-cred"):
         assert secret not in sealed + stream
+    assert "sk-cred" not in repr(request) and "secret" not in repr(request)
+
+
+@pytest.mark.parametrize("seconds", [None, 1, envelope.MAX_RETRY_AFTER_SECONDS])
+def test_retry_after_comes_with_the_head(seconds: int | None) -> None:
+    sealer = ResponseSealer(bytes(32))
+    events = ResponseOpener(bytes(32)).feed(sealer.head(429, "application/json", seconds))
+    assert events == [ResponseHead(429, "application/json", seconds)]
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, envelope.MAX_RETRY_AFTER_SECONDS + 1])
+def test_retry_after_out_of_bounds_is_a_bug_here_and_tampering_there(seconds: int) -> None:
+    with pytest.raises(AssertionError):
+        ResponseSealer(bytes(32)).head(429, "", seconds)
+    if seconds > 0:
+        sealer = ResponseSealer(bytes(32))
+        start = envelope._RESPONSE_MAGIC + sealer._salt
+        record = sealer._record(envelope._HEAD, envelope._START.pack(429, seconds))
+        with pytest.raises(ResponseTampered, match="head is malformed"):
+            ResponseOpener(bytes(32)).feed(start + record)
 
 
 @given(body=st.binary(max_size=5000), content=st.binary(max_size=5000), data=st.data())
@@ -200,6 +226,13 @@ def test_limits_of_requests(client: EnvelopeClient, server: EnvelopeServer) -> N
         client.seal(Request("GET", "/" * 2049, "", b""))
     with pytest.raises(RequestMalformed, match="method"):
         client.seal(Request("GÉT", "/", "", b""))
+    longest = "x" * envelope.MAX_CREDENTIAL_BYTES
+    assert server.open(client.seal(Request("GET", "/", "", b"", longest))[0], LIMIT)[0].credential
+    with pytest.raises(RequestTooLong, match="credential") as refused:
+        client.seal(Request("GET", "/", "", b"", longest + "x"))
+    assert "xxx" not in str(refused.value)
+    with pytest.raises(RequestMalformed, match="credential"):
+        client.seal(Request("GET", "/", "", b"", "Bearer é"))
 
 
 @given(st.binary(max_size=2000))

@@ -30,10 +30,12 @@ class RequestError(Exception):
         kind: OpenAI's `error.type`.
         code: OpenAI's `error.code`, stable.
         param: the request field at fault, where there is one.
+        retry_after_s: HTTP's Retry-After in seconds; None where a retry would not help.
     """
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
+    retry_after_s: ClassVar[int | None] = None
     code: str | None = None
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -109,9 +111,11 @@ class UnsupportedMediaType(RequestError):
 
 
 class Overloaded(RequestError):
-    """The waiting queue is full; nothing was started. Retry later."""
+    """The waiting queue is full, or the tenant's share of it; nothing was started. Retry later."""
 
     status = 429
+    # Places come free one by one, as outputs end.
+    retry_after_s = 1
     kind = "rate_limit_error"
     code = "rate_limit_exceeded"
 
@@ -120,6 +124,8 @@ class Unavailable(RequestError):
     """The pipeline is down for longer than the recovery deadline, or stopping. Retry later."""
 
     status = 503
+    # A new epoch takes seconds: shards prove themselves and connect again.
+    retry_after_s = 5
     kind = "server_error"
     code = "pipeline_unavailable"
 

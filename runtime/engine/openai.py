@@ -94,11 +94,15 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An HTTP response. `chunks` must be read to its end or closed with `aclose`."""
+    """An HTTP response. `chunks` must be read to its end or closed with `aclose`.
+
+    `retry_after_s` is for the Retry-After header, where there is to be one.
+    """
 
     status: int
     content_type: str
     chunks: Body
+    retry_after_s: int | None = None
 
 
 class OpenAIService:
@@ -485,12 +489,12 @@ def _encode(document: Document) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _json(status: int, document: Document) -> Response:
-    return Response(status, JSON_TYPE, Body(_once(_encode(document)), _nothing))
+def _json(status: int, document: Document, retry_after_s: int | None = None) -> Response:
+    return Response(status, JSON_TYPE, Body(_once(_encode(document)), _nothing), retry_after_s)
 
 
 def _error(error: RequestError) -> Response:
-    return _json(error.status, error.to_document())
+    return _json(error.status, error.to_document(), error.retry_after_s)
 
 
 async def _once(content: bytes) -> AsyncGenerator[bytes, None]:

@@ -86,7 +86,7 @@ class Head:
             request.method, request.path, request.content_type, request.body
         )
         try:
-            yield sealer.head(response.status, response.content_type)
+            yield sealer.head(response.status, response.content_type, response.retry_after_s)
             async for chunk in response.chunks:
                 yield sealer.body(chunk)
             yield sealer.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -30,7 +31,10 @@ from serving.relay import (
 
 INSTANCE = "pipeline-0"
 
-Answer = Callable[[envelope.Request, "StandInHead"], AsyncIterator[bytes | tuple[int, str]]]
+Answer = Callable[
+    [envelope.Request, "StandInHead"],
+    AsyncIterator[bytes | tuple[int, str] | tuple[int, str, int]],
+]
 
 
 class StandInHead(control_pb2_grpc.IngressServicer):
@@ -349,6 +353,80 @@ def test_the_clients_proxy_seals_and_the_relay_in_between_reads_nothing() -> Non
                     assert response.content.endswith(b"my secret prompt")
             assert len(seen) > 1
             assert b"secret" not in b"".join(seen)
+
+    run(test)
+
+
+async def overloaded(request: envelope.Request, head: StandInHead) -> AsyncIterator[object]:
+    yield (429, "application/json", 7)
+    yield b'{"error": {}}'
+
+
+def test_the_clients_credential_reaches_the_head_and_nobody_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    headers: list[list[tuple[bytes, bytes]]] = []
+    caplog.set_level(logging.DEBUG)
+
+    async def test() -> None:
+        async with head_answering(echo) as head:
+            plain = relay_for(FixedDirectory(route_to(head)))
+            async with running(plain) as client:
+                assert (await client.get("/v1/models")).status_code == 201
+                auth = {"authorization": "Bearer sk-plain"}
+                assert (await client.get("/v1/models", headers=auth)).status_code == 201
+            directory = FixedDirectory(route_to(head, Ingress.SEALED))
+            middle = Relay(directory, GrpcCarrier(), frozenset({Ingress.PLAIN}))
+            inner = middle.application
+
+            async def watched(scope, receive, send):  # type: ignore[no-untyped-def]
+                headers.append(scope.get("headers", []))
+                await inner(scope, receive, send)
+
+            middle.application = watched  # type: ignore[assignment]
+            async with running(middle) as far:
+                near = Relay(directory, HttpCarrier(far), frozenset(Ingress))
+                async with running(near) as client:
+                    auth = {"authorization": "Bearer sk-sealed"}
+                    assert (await client.get("/v1/models", headers=auth)).status_code == 201
+            credentials = [request.credential for request in head.requests]
+            assert credentials == ["", "Bearer sk-plain", "Bearer sk-sealed"]
+            assert headers and "sk-" not in str(headers)
+
+    run(test)
+    assert "sk-" not in caplog.text
+
+
+@pytest.mark.parametrize("credential", [b"x" * 8193, "Bearer é".encode("latin-1")])
+def test_credentials_that_cannot_be_sealed_are_refused_without_being_repeated(
+    credential: bytes,
+) -> None:
+    async def test() -> None:
+        async with (
+            head_answering(echo) as head,
+            running(relay_for(FixedDirectory(route_to(head)))) as client,
+        ):
+            auth = {b"authorization": credential}
+            response = await client.post("/v1/completions", content=b"{}", headers=auth)
+            assert response.status_code == 431
+            assert response.json()["error"]["code"] == "credential_refused"
+            assert credential.decode("latin-1") not in response.text
+            assert head.requests == []
+
+    run(test)
+
+
+def test_retry_after_reaches_the_client_through_both_relays() -> None:
+    async def test() -> None:
+        async with head_answering(overloaded) as head:
+            directory = FixedDirectory(route_to(head))
+            async with running(relay_for(directory)) as far:
+                near = Relay(directory, HttpCarrier(far), frozenset(Ingress))
+                async with running(near) as client:
+                    for endpoint in (far, client):
+                        response = await endpoint.post("/v1/completions", content=b"{}")
+                        assert response.status_code == 429
+                        assert response.headers["retry-after"] == "7"
 
     run(test)
 
