@@ -109,6 +109,9 @@ class SequenceStep:
     `slot` names the sequence in every stage. `blocks` is its whole block table, in order of
     position, covering at least `start + count` positions. `sample` is None while more of the
     prompt is still to come; otherwise the last row is sampled, as position `start + count`.
+
+    A block may be in the tables of several sequences where each of them only reads it: where it
+    ends at or before the `start` of each. Every other block is in one table of the step.
     """
 
     slot: int
@@ -178,13 +181,17 @@ class FrameLimits:
                 raise ValueError(f"{name}: expected 1 to 2^32-1, found {value}")
 
     @property
+    def max_table_blocks(self) -> int:
+        """Blocks in the table of one sequence; none is in it twice."""
+        return min(-(-self.max_context // self.block_size), self.cache_blocks)
+
+    @property
     def max_step_bytes(self) -> int:
         """The longest step frame that these limits allow: the bound for `Link.receive`."""
-        header = _STEP.size + self.max_sequences * (_SEQUENCE.size + _SAMPLE.size)
-        return (
-            _aligned(header + self.cache_blocks * _ID_BYTES)
-            + self.max_tokens * self.hidden_size * ITEM_BYTES[self.dtype]
-        )
+        # Sequences may share blocks, so that tables together may be longer than the cache.
+        table = self.max_table_blocks * _ID_BYTES
+        header = _STEP.size + self.max_sequences * (_SEQUENCE.size + _SAMPLE.size + table)
+        return _aligned(header) + self.max_tokens * self.hidden_size * ITEM_BYTES[self.dtype]
 
     @property
     def max_result_bytes(self) -> int:
@@ -271,7 +278,7 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
     _within("hidden_size", hidden_size, limits.hidden_size, limits.hidden_size)
     _within("sequences", sequence_count, 1, limits.max_sequences)
     _within("sampled sequences", sample_count, 0, sequence_count)
-    _within("blocks", block_count, 1, limits.cache_blocks)
+    _within("blocks", block_count, 1, sequence_count * limits.max_table_blocks)
 
     samples_at = _STEP.size + sequence_count * _SEQUENCE.size
     blocks_at = samples_at + sample_count * _SAMPLE.size
@@ -289,8 +296,6 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
         raise FrameOutOfBounds(
             f"step {step}: expected block ids below {limits.cache_blocks}, found {max(blocks)}"
         )
-    if len(set(blocks)) != block_count:
-        raise FrameOutOfBounds(f"step {step}: a cache block is named twice")
     samples = iter(
         [
             _checked_sample(fields, limits)
@@ -314,7 +319,7 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
             f"blocks of slot {slot}",
             table_length,
             -(-(start + count) // limits.block_size),
-            -(-limits.max_context // limits.block_size),
+            limits.max_table_blocks,
         )
         _within("sampled flag", sampled, 0, 1)
         used_samples += sampled
@@ -328,6 +333,7 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
     if used_blocks != block_count or used_samples != sample_count:
         raise FrameMalformed(f"step {step}: sequences claim less than the header announces")
 
+    _check_sharing(step, sequences, limits.block_size)
     header = StepHeader(step, tuple(sequences))
     _within("tokens", header.tokens, 1, limits.max_tokens)
     expected = header.tokens * hidden_size * ITEM_BYTES[limits.dtype]
@@ -394,6 +400,31 @@ def _check_start(kind: str, magic: int, expected: int, version: int) -> None:
     if version != VERSION:
         raise FrameUnsupported(
             f"{kind} frame: expected version {VERSION}, found {version}; run one release everywhere"
+        )
+
+
+def _check_sharing(step: int, sequences: list[SequenceStep], block_size: int) -> None:
+    """Refuses a block that one sequence of the step may write and another one names.
+
+    Blocks that end at or before a sequence's start are read by it, the rest of its table is its
+    own. This runs for every step: sets, not loops over blocks.
+    """
+    read: set[int] = set()
+    own: set[int] = set()
+    own_count = 0
+    for sequence in sequences:
+        table, full = sequence.blocks, sequence.start // block_size
+        if len(set(table)) != len(table):
+            raise FrameOutOfBounds(
+                f"step {step}: a cache block is named twice for slot {sequence.slot}"
+            )
+        read.update(table[:full])
+        own.update(table[full:])
+        own_count += len(table) - min(full, len(table))
+    if len(own) != own_count or not own.isdisjoint(read):
+        raise FrameOutOfBounds(
+            f"step {step}: a cache block that one sequence may write is named twice; expected only "
+            "blocks that every sequence naming them has filled before"
         )
 
 

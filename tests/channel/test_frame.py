@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import struct
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -44,6 +45,11 @@ HEADER = StepHeader(
 )
 
 
+def _sharing(*others: SequenceStep) -> StepHeader:
+    """Slot 1 writes block 3 and reads blocks 5 and 0; the others come before it."""
+    return StepHeader(7, (*others, SequenceStep(1, 33, 2, (5, 0, 3), GREEDY)))
+
+
 def _message(header: StepHeader, limits: FrameLimits = LIMITS) -> bytes:
     rows = bytes(range(256)) * 10
     return (
@@ -54,13 +60,15 @@ def _message(header: StepHeader, limits: FrameLimits = LIMITS) -> bytes:
 
 @st.composite
 def headers(draw: st.DrawFn) -> StepHeader:
-    blocks = draw(st.permutations(range(LIMITS.cache_blocks)))
+    common, *blocks = draw(st.permutations(range(LIMITS.cache_blocks)))
     slots = draw(st.permutations(range(LIMITS.max_sequences)))
     sequences = []
     for slot in slots[: draw(st.integers(1, 4))]:
         count = draw(st.integers(1, 10))
-        start = draw(st.integers(0, 48 - count))
-        table, blocks = blocks[: -(-(start + count) // 16)], blocks[-(-(start + count) // 16) :]
+        start = draw(st.integers(0, 32 - count))
+        shared = [common] if start >= 16 and draw(st.booleans()) else []
+        own = -(-(start + count) // 16) - len(shared)
+        table, blocks = shared + blocks[:own], blocks[own:]
         sample = draw(
             st.none()
             | st.builds(
@@ -83,6 +91,48 @@ def test_steps_round_trip(header: StepHeader) -> None:
     assert rows == message[len(message) - len(rows) :]
     assert len(rows) == header.tokens * 6
     assert len(message) <= LIMITS.max_step_bytes
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        _sharing(SequenceStep(0, 32, 1, (5, 0, 7), None)),
+        _sharing(SequenceStep(0, 16, 20, (5, 1, 2), GREEDY)),
+        _sharing(SequenceStep(0, 40, 1, (0, 5, 1), None), SequenceStep(2, 16, 1, (5, 2), None)),
+    ],
+)
+def test_full_blocks_may_be_read_by_several_sequences(header: StepHeader) -> None:
+    assert decode_step(_message(header), LIMITS)[0] == header
+
+
+def test_shared_tables_longer_than_the_cache_fit_the_longest_frame() -> None:
+    tables = [SequenceStep(slot, 48, 10, (0, 1, 2, 3 + slot), GREEDY) for slot in range(4)]
+    header = StepHeader(2**64 - 1, tuple(tables))
+    assert sum(len(table.blocks) for table in tables) > LIMITS.cache_blocks
+    message = _message(header)
+    assert decode_step(message, LIMITS)[0] == header
+    assert len(message) <= LIMITS.max_step_bytes
+
+
+def test_checking_a_usual_step_takes_well_under_a_millisecond() -> None:
+    limits = dataclasses.replace(
+        LIMITS, max_sequences=32, max_context=1024, cache_blocks=2048, hidden_size=1
+    )
+    prefix = tuple(range(32))
+    header = StepHeader(
+        1,
+        tuple(
+            SequenceStep(slot, 1023, 1, prefix + tuple(range(at, at + 32)), GREEDY)
+            for slot, at in enumerate(range(32, 32 + 32 * 32, 32))
+        ),
+    )
+    message = _message(header, limits)
+    durations = []
+    for _ in range(20):
+        began = time.perf_counter()
+        decode_step(message, limits)
+        durations.append(time.perf_counter() - began)
+    assert min(durations) < 0.001
 
 
 def test_rows_are_a_writable_aligned_view() -> None:
@@ -121,13 +171,32 @@ def _sample(**changes: object) -> StepHeader:
         (_sequence(slot=4), "slot"),
         (_sequence(count=0), "count"),
         (_sequence(count=41, start=0), "count"),
-        (_sequence(start=64, blocks=(0, 1, 2, 3, 4)), "start"),
+        (_sequence(start=64, blocks=(0, 1, 2, 3)), "start"),
         (_sequence(start=2**32 - 1, count=1), "start"),
         (_sequence(blocks=(1, 2)), "blocks of slot 0"),
-        (_sequence(blocks=(0, 1, 2, 3, 4)), "blocks of slot 0"),
+        (_sequence(blocks=(0, 1, 2, 3, 4)), "blocks"),
+        (
+            StepHeader(
+                7,
+                (
+                    SequenceStep(1, 0, 1, (5,), None),
+                    dataclasses.replace(HEADER.sequences[1], blocks=(0, 1, 2, 3, 4)),
+                ),
+            ),
+            "blocks of slot 0",
+        ),
         (_sequence(blocks=()), "blocks"),
         (_sequence(blocks=(1, 2, 12)), "block ids below 12"),
-        (_sequence(blocks=(1, 2, 1)), "named twice"),
+        (_sequence(blocks=(1, 2, 1)), "named twice for slot 0"),
+        (_sequence(blocks=(1, 1, 2)), "named twice for slot 0"),
+        # Slot 1 reads blocks 5 and 0; each of the others may write one of them.
+        (_sharing(SequenceStep(0, 15, 1, (5,), None)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 16, 1, (1, 5), None)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 31, 2, (5, 0, 1), None)), "may write is named twice"),
+        # A table longer than its positions: what is not full is the sequence's own.
+        (_sharing(SequenceStep(0, 16, 1, (5, 1, 0), None)), "may write is named twice"),
+        # Two writers.
+        (_sharing(SequenceStep(0, 32, 1, (5, 0, 3), None)), "may write is named twice"),
         (_sample(temperature=-0.1), "temperature"),
         (_sample(temperature=float("nan")), "temperature"),
         (_sample(temperature=float("inf")), "temperature"),
@@ -242,8 +311,11 @@ def test_mutations_are_refused_or_stay_within_limits(
     assert 0 < decoded.tokens <= LIMITS.max_tokens
     assert len(rows) == decoded.tokens * 6
     blocks = [block for sequence in decoded.sequences for block in sequence.blocks]
-    assert len(set(blocks)) == len(blocks)
     assert all(block < LIMITS.cache_blocks for block in blocks)
     for sequence in decoded.sequences:
+        for place, block in enumerate(sequence.blocks):
+            if (place + 1) * LIMITS.block_size > sequence.start:
+                assert blocks.count(block) == 1, "a block that may be written has one owner"
+        assert len(set(sequence.blocks)) == len(sequence.blocks)
         assert sequence.slot < LIMITS.max_sequences
         assert sequence.start + sequence.count <= min(64, 16 * len(sequence.blocks))
