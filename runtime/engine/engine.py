@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from runtime.engine.errors import (
     RequestError,
     Unavailable,
 )
-from runtime.engine.request import Request, Sequence, Status
+from runtime.engine.request import Chunk, Request, Sequence, Status
 from runtime.engine.runner import PipelineBroken, Recovery, StepRunner
 from runtime.engine.scheduler import EngineLimits, Scheduler, Step
 from runtime.engine.stream import Outbox, Post, TokenStream
@@ -64,6 +64,7 @@ class Engine:
         decoder: turns token ids into text; called in the engine's thread.
         step_deadline_s: longest wait for the oldest step in flight.
         recovery: what happens when the pipeline breaks.
+        clock: seconds on a clock that never goes back; steps are timed by it.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Engine:
         decoder: TokenDecoder,
         step_deadline_s: float,
         recovery: Recovery | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self._runner = runner
@@ -80,7 +83,12 @@ class Engine:
         self._step_deadline_s = step_deadline_s
         self._recovery = recovery or Recovery()
         self._scheduler = Scheduler(limits, runner.depth, self._recovery)
-        self._in_flight: deque[Step] = deque()
+        self._clock = clock
+        # With the time at which each was handed to the runner.
+        self._in_flight: deque[tuple[Step, float]] = deque()
+        self._last_result = clock()
+        # What the cache of the newest epoch holds; read by submitters.
+        self._cache_blocks = limits.cache_blocks
         self._posts: dict[Sequence, Post] = {}
         self._outbox = Outbox()
         self._up = False
@@ -90,7 +98,7 @@ class Engine:
         self._stopping = False
         # Guards what submitters read and write: the number of sequences and whether any are taken.
         self._lock = threading.Lock()
-        self._live = 0
+        self._live: Counter[bytes] = Counter()
         self._arrivals = 0
         self._closed: Unavailable | None = None
         self._failure = ""
@@ -122,6 +130,11 @@ class Engine:
             failure=self._failure,
         )
 
+    @property
+    def max_length(self) -> int:
+        """Prompt and output tokens of one sequence: what context and cache both hold now."""
+        return min(self.limits.max_context, self._cache_blocks * self.limits.block_size)
+
     def check(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """The output tokens that a request gets: what it asks for, or all that is left.
 
@@ -129,7 +142,7 @@ class Engine:
             ContextLengthExceeded: the prompt alone, or with what was asked for, is too long.
             InvalidRequest: no prompt, or no output.
         """
-        limit = self.limits.max_length
+        limit = self.max_length
         if prompt_tokens < 1:
             raise InvalidRequest("The prompt has no tokens; expected at least one.", "prompt")
         if prompt_tokens >= limit:
@@ -152,41 +165,50 @@ class Engine:
             )
         return max_tokens
 
-    def submit(self, requests: Many[Request], post: Post | None = None) -> list[TokenStream]:
+    def submit(
+        self, requests: Many[Request], post: Post | None = None, tenant: bytes = b""
+    ) -> list[TokenStream]:
         """Takes all of the requests or none; one stream each.
 
         Args:
             requests: what is asked for.
             post: runs a function where the streams are read; by default the running loop.
+            tenant: who asks. Tenants take turns, and share no cached prefixes.
 
         Raises:
-            Overloaded: no room in the queue.
+            Overloaded: no room in the queue, or no more for this tenant.
             Unavailable: the pipeline is down for too long, or the engine is stopping.
             InvalidRequest: a request that this engine can never serve.
         """
         for request in requests:
             self.check(len(request.prompt), request.max_tokens)
-        room = self.limits.max_running + self.limits.max_waiting
-        if len(requests) > room:
+        room, share = self.limits.max_live, self.limits.max_live_of_tenant
+        if len(requests) > share:
             raise InvalidRequest(
-                f"The request asks for {len(requests)} outputs; expected at most {room} at once."
+                f"The request asks for {len(requests)} outputs; expected at most {share} at once."
             )
         receiver = post or asyncio.get_running_loop().call_soon_threadsafe
         with self._lock:
             if self._closed is not None:
                 raise Unavailable(self._closed.message, code=self._closed.code)
-            if self._live + len(requests) > room:
+            live = self._live.total()
+            if live + len(requests) > room:
                 raise Overloaded(
-                    f"The queue is full: {self._live} outputs are being served or waiting, at most "
+                    f"The queue is full: {live} outputs are being served or waiting, at most "
                     f"{room} may. Retry later."
                 )
-            self._live += len(requests)
-            return [self._enqueue(request, receiver) for request in requests]
+            if self._live[tenant] + len(requests) > share:
+                raise Overloaded(
+                    f"Your share of the queue is full: {self._live[tenant]} outputs of yours are "
+                    f"being served or waiting, at most {share} may. Retry later."
+                )
+            self._live[tenant] += len(requests)
+            return [self._enqueue(request, receiver, tenant) for request in requests]
 
-    def _enqueue(self, request: Request, post: Post) -> TokenStream:
+    def _enqueue(self, request: Request, post: Post, tenant: bytes) -> TokenStream:
         stream = TokenStream(lambda: self._commands.put(lambda: self._cancel(sequence)))
         text = OutputText(self._decoder, request.stop)
-        sequence = Sequence(self._arrivals, request, text, stream.put)
+        sequence = Sequence(self._arrivals, request, text, stream.put, tenant)
         self._arrivals += 1
         self._commands.put(lambda: self._add(sequence, post))
         return stream
@@ -208,18 +230,24 @@ class Engine:
     def turn(self) -> None:
         """One turn of the main loop. For the engine's thread, and for tests that have none."""
         self._take_commands()
-        if not self._up:
+        if self._up:
+            self._step()
+        else:
             self._recover()
-            return
+        self._outbox.flush()
+
+    def _step(self) -> None:
+        """Fills the pipeline and takes one result."""
         try:
             while len(self._in_flight) < self._runner.depth and (step := self._schedule()):
                 self._runner.submit(step.header, step.token_ids)
             if self._in_flight:
                 result = self._runner.result(self._step_deadline_s)
-                self._postprocess(self._in_flight.popleft(), result.step, result.tokens)
+                step, submitted = self._in_flight.popleft()
+                self._time(step, submitted)
+                self._postprocess(step, result.step, result.tokens)
         except PipelineBroken as broken:
             self._lose(broken)
-        self._outbox.flush()
 
     def _take_commands(self) -> None:
         """Arrivals and cancellations; waits for some when there is nothing else to do."""
@@ -237,40 +265,62 @@ class Engine:
     def _schedule(self) -> Step | None:
         step = self._scheduler.schedule(len(self._in_flight))
         if step is not None:
-            self._in_flight.append(step)
+            self._in_flight.append((step, self._clock()))
         return step
+
+    def _time(self, step: Step, submitted: float) -> None:
+        """Tells the scheduler for how long the step kept the stages: since the one before it."""
+        now = self._clock()
+        seconds = now - max(submitted, self._last_result)
+        self._last_result = now
+        self._scheduler.pace.record(step.decodes, step.prompt_tokens, seconds)
 
     def _postprocess(self, step: Step, number: int, tokens: tuple[int, ...]) -> None:
         assert number == step.header.step, "the runner answers in order (runner.check_result)"
         self._outage_since = None
         self._scheduler.complete(step)
-        for sequence, token in zip(step.sampled, tokens, strict=True):
-            if not sequence.cancelled:
-                chunk = sequence.accept(token)
-                if chunk is not None:
-                    self._outbox.put(self._posts[sequence], sequence.sink, chunk)
-                if chunk is not None and chunk.finish is not None:
-                    self._end(sequence)
-        for sequence, _ in step.parts:
-            if sequence.cancelled:
+        sampled = [part for part in step.parts if part.sampled]
+        for part, token in zip(sampled, tokens, strict=True):
+            # Of a sequence that was cancelled meanwhile nobody wants the token.
+            if part.current:
+                self._deliver(part.sequence, part.sequence.accept(token))
+
+    def _deliver(self, sequence: Sequence, chunk: Chunk | None) -> None:
+        if chunk is not None:
+            self._outbox.put(self._posts[sequence], sequence.sink, chunk)
+            if chunk.finish is not None:
                 self._end(sequence)
 
     def _add(self, sequence: Sequence, post: Post) -> None:
         self._posts[sequence] = post
         self._scheduler.add(sequence)
+        self._fail_if_too_long(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
-        if sequence.status is Status.ENDED:
-            return
-        sequence.cancelled = True
-        if not sequence.in_flight:
+        if sequence.status is not Status.ENDED:
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.end(sequence)
         del self._posts[sequence]
         with self._lock:
-            self._live -= 1
+            self._live[sequence.tenant] -= 1
+            if not self._live[sequence.tenant]:
+                del self._live[sequence.tenant]
+
+    def _fail_if_too_long(self, sequence: Sequence) -> None:
+        """Ends what fitted the cache when it was asked for, and never will again."""
+        request = sequence.request
+        asked = len(request.prompt) + request.max_tokens
+        if asked > self.max_length:
+            self._fail(
+                sequence,
+                ContextLengthExceeded(
+                    f"The server recovered with less memory: its maximum context length is now "
+                    f"{self.max_length} tokens, and this request needs {asked}. Please reduce the "
+                    "length of the input or the completion."
+                ),
+            )
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._outbox.put(self._posts[sequence], sequence.sink, error)
@@ -280,14 +330,15 @@ class Engine:
         """The pipeline broke: back to the queue with everything, outputs kept."""
         _log.warning("pipeline broken: %s", broken)
         self._up = False
-        suspects = [sequence for step in self._in_flight for sequence, _ in step.parts]
+        # In order and each once: a prompt may be in several steps.
+        suspects = dict.fromkeys(
+            part.sequence for step, _ in self._in_flight for part in step.parts if part.current
+        )
         self._in_flight.clear()
         self._scheduler.reset()
         for sequence in suspects:
             sequence.breaks += 1
-            if sequence.cancelled:
-                self._end(sequence)
-            elif sequence.breaks >= self._recovery.give_up_after:
+            if sequence.breaks >= self._recovery.give_up_after:
                 self._fail(
                     sequence,
                     ModelFailed(
@@ -301,9 +352,13 @@ class Engine:
         """Waits a little for an epoch; gives requests up after the recovery deadline."""
         self._up = self._runner.wait_ready(self._recovery.poll_s)
         if self._up:
+            self._cache_blocks = min(self.limits.cache_blocks, self._runner.cache_blocks)
+            self._scheduler.resize(self._cache_blocks)
+            for sequence in list(self._posts):
+                self._fail_if_too_long(sequence)
             with self._lock:
                 self._closed = None
-            _log.info("pipeline up")
+            _log.info("pipeline up with %d cache blocks", self._cache_blocks)
             return
         self._give_up_if_late()
 

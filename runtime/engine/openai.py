@@ -134,7 +134,7 @@ class OpenAIService:
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
-        self._routes: dict[str, tuple[str, Callable[[bytes], Awaitable[Response]]]] = {
+        self._routes: dict[str, tuple[str, Callable[[bytes, bytes], Awaitable[Response]]]] = {
             "/v1/models": ("GET", self._models),
             f"/v1/models/{model}": ("GET", self._one_model),
             "/v1/completions": ("POST", self._completions),
@@ -145,13 +145,18 @@ class OpenAIService:
         """Ends the service's threads."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
-    async def handle(self, method: str, path: str, content_type: str, body: bytes) -> Response:
+    async def handle(
+        self, method: str, path: str, content_type: str, body: bytes, tenant: bytes = b""
+    ) -> Response:
         """Answers one HTTP request; errors are responses, too.
 
+        `tenant` says whose it is (see `Engine.submit`); nothing in the body can change that.
         Returns when the status is known: at once for a stream, at its end for any other answer.
         """
         try:
-            return await self._route(method.upper(), path.partition("?")[0], content_type, body)
+            return await self._route(
+                method.upper(), path.partition("?")[0], content_type, body, tenant
+            )
         except RequestError as error:
             return _error(error)
         except Exception as error:
@@ -160,7 +165,9 @@ class OpenAIService:
             _log.error("%s while answering %s at\n%s", type(error).__name__, method, where)
             return _error(RequestError("The server failed internally.", code="internal"))
 
-    async def _route(self, method: str, path: str, content_type: str, body: bytes) -> Response:
+    async def _route(
+        self, method: str, path: str, content_type: str, body: bytes, tenant: bytes
+    ) -> Response:
         route = self._routes.get(path.rstrip("/"))
         if route is None:
             if path.startswith("/v1/models/"):
@@ -177,12 +184,12 @@ class OpenAIService:
         media = content_type.partition(";")[0].strip().lower()
         if method == "POST" and media not in ("", JSON_TYPE):
             raise UnsupportedMediaType(f"Content-Type: expected {JSON_TYPE}, found another.")
-        return await answer(body)
+        return await answer(body, tenant)
 
-    async def _models(self, _body: bytes) -> Response:
+    async def _models(self, _body: bytes, _tenant: bytes) -> Response:
         return _json(200, {"object": "list", "data": [self._card()]})
 
-    async def _one_model(self, _body: bytes) -> Response:
+    async def _one_model(self, _body: bytes, _tenant: bytes) -> Response:
         return _json(200, self._card())
 
     def _card(self) -> Document:
@@ -191,7 +198,7 @@ class OpenAIService:
             "object": "model",
             "created": self._created,
             "owned_by": "bulkhead",
-            "max_model_len": self._engine.limits.max_length,
+            "max_model_len": self._engine.max_length,
         }
 
     def _not_served(self) -> ModelNotFound:
@@ -199,22 +206,22 @@ class OpenAIService:
             f"The model asked for does not exist here. This server serves {self._model}.", "model"
         )
 
-    async def _completions(self, body: bytes) -> Response:
+    async def _completions(self, body: bytes, tenant: bytes) -> Response:
         loop = asyncio.get_running_loop()
         options, requests = await loop.run_in_executor(
             self._preparing, self._prepare_completion, body
         )
-        return await self._answer(_Completions(self._model, options), options, requests)
+        return await self._answer(_Completions(self._model, options), options, requests, tenant)
 
-    async def _chat(self, body: bytes) -> Response:
+    async def _chat(self, body: bytes, tenant: bytes) -> Response:
         loop = asyncio.get_running_loop()
         options, requests = await loop.run_in_executor(self._preparing, self._prepare_chat, body)
-        return await self._answer(_Chats(self._model, options), options, requests)
+        return await self._answer(_Chats(self._model, options), options, requests, tenant)
 
     def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
         self._check_model(parsed.options)
-        limit = self._engine.limits.max_length
+        limit = self._engine.max_length
         prompts = [
             self._codec.encode(prompt, limit, special_tokens=True)
             if isinstance(prompt, str)
@@ -228,7 +235,7 @@ class OpenAIService:
         options = parsed.options
         self._check_model(options)
         text = self._codec.render(parsed.messages, parsed.template_arguments)
-        prompt = self._codec.encode(text, self._engine.limits.max_length, special_tokens=False)
+        prompt = self._codec.encode(text, self._engine.max_length, special_tokens=False)
         return options, self._requests([prompt], options)
 
     def _check_model(self, options: Options) -> None:
@@ -272,9 +279,11 @@ class OpenAIService:
                 )
         return requests
 
-    async def _answer(self, shape: _Shape, options: Options, requests: list[Request]) -> Response:
+    async def _answer(
+        self, shape: _Shape, options: Options, requests: list[Request], tenant: bytes
+    ) -> Response:
         usage = _Usage(sum(len(r.prompt) for r in requests[:: options.choices]), len(requests))
-        streams = self._engine.submit(requests)
+        streams = self._engine.submit(requests, tenant=tenant)
 
         def close() -> None:
             for stream in streams:

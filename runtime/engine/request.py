@@ -74,29 +74,46 @@ class Sequence:
 
     Attributes:
         arrival: number that orders sequences first come, first served.
+        tenant: who shares cached prefixes and turns with it.
+        rank: its place among all sequences, given once by the scheduler; the lowest comes first.
         output: tokens produced; only ever grows.
         computed: positions whose keys and values are in the cache, the steps in flight excepted.
-        blocks: cache blocks owned, in order of position.
+        planned: positions that will be there when the steps in flight have come back.
+        blocks: cache blocks held, in order of position.
+        names: names of its first full blocks (see `PrefixNames`), as far as they were needed.
+        published: first blocks that are read only: found, or filled and offered to others.
         slot: name in every stage while running.
-        in_flight: whether a step with this sequence is in flight (never more than one).
+        run: counts the times it was put on the stages or taken off; a step of an older run is void.
+        in_flight: steps of this run in flight; several for a prompt, never more than one decode.
+        began: newest arrival in the engine when its first token came; None before.
         breaks: breaks of the pipeline with this sequence in flight since its last token.
-        cancelled: nobody wants the rest.
     """
 
     def __init__(
-        self, arrival: int, request: Request, text: OutputText, sink: Callable[[Event], None]
+        self,
+        arrival: int,
+        request: Request,
+        text: OutputText,
+        sink: Callable[[Event], None],
+        tenant: bytes = b"",
     ) -> None:
         self.arrival = arrival
         self.request = request
         self.sink = sink
+        self.tenant = tenant
+        self.rank: tuple[int, int] | None = None
         self.output: list[int] = []
         self.computed = 0
+        self.planned = 0
         self.blocks: list[int] = []
+        self.names: list[bytes] = []
+        self.published = 0
         self.slot: int | None = None
         self.status = Status.WAITING
-        self.in_flight = False
+        self.run = 0
+        self.in_flight = 0
+        self.began: int | None = None
         self.breaks = 0
-        self.cancelled = False
         self._text = text
 
     @property
@@ -106,13 +123,13 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Positions to compute before the next token can be drawn."""
-        return self.length - self.computed
+        """Positions that no step computes yet and that the next token needs."""
+        return self.length - self.planned
 
     @property
     def decoding(self) -> bool:
-        """Whether one position is left: the token drawn last."""
-        return self.remaining == 1 and self.computed > 0
+        """Whether one position is left, the token drawn last, perhaps in a step already."""
+        return self.computed > 0 and self.length - self.computed == 1
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Token ids at positions `[start, start + count)`."""

@@ -33,6 +33,14 @@ class StepRunner(Protocol):
         """Steps that may be in flight: the number of stages plus one (at least 1)."""
         ...
 
+    @property
+    def cache_blocks(self) -> int:
+        """Cache blocks that every stage has in the epoch that `wait_ready` adopted last.
+
+        At least 1, at most what is planned. Asked only after `wait_ready` has returned True.
+        """
+        ...
+
     def submit(self, header: StepHeader, token_ids: list[int]) -> None:
         """Starts a step; `token_ids` holds `header.tokens` ids, in the order of the sequences.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import AsyncGenerator
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -21,6 +23,26 @@ MAX_SEALED_BYTES = 16 << 20
 
 GENERATION_CONFIG = "generation_config.json"
 CONFIG = "config.json"
+
+
+class Tenants:
+    """Tells tenants apart by the credential inside their sealed requests.
+
+    Whoever sends the same Authorization header is the same tenant; all requests without one are one
+    tenant, whose members share cached prefixes and a place in line with each other. Nothing else
+    counts: neither OpenAI's `user`, `prompt_cache_key` and `safety_identifier`, which anybody may
+    write into a body, nor the address that a request came from, which relays see. The credential is
+    not checked here: it separates those who keep theirs to themselves from everybody else.
+
+    A tenant is a keyed hash under a secret of this process, so that no credential is kept.
+    """
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
+
+    def of(self, credential: str) -> bytes:
+        """The tenant of a request with this Authorization header, "" for none."""
+        return hashlib.blake2b(credential.encode(), digest_size=16, key=self._secret).digest()
 
 
 class Head:
@@ -62,6 +84,7 @@ class Head:
             template.model,
         )
         self._envelope = EnvelopeServer(private_key, instance)
+        self._tenants = Tenants()
         self._engine.start()
 
     @property
@@ -83,7 +106,11 @@ class Head:
         """
         request, sealer = self._envelope.open(sealed, MAX_SEALED_BYTES)
         response = await self._service.handle(
-            request.method, request.path, request.content_type, request.body
+            request.method,
+            request.path,
+            request.content_type,
+            request.body,
+            self._tenants.of(request.credential),
         )
         try:
             yield sealer.head(response.status, response.content_type, response.retry_after_s)

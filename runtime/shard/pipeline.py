@@ -362,6 +362,7 @@ class HeadRunner:
 
     def __init__(self, template: PlanTemplate) -> None:
         self.depth = steps_in_flight(len(template.roles))
+        self.cache_blocks = template.cache_blocks
         self._deadline_s = template.step_deadline_ms / 1000
         self._changed = threading.Condition()
         self._newest: Epoch | None = None

@@ -15,7 +15,14 @@ from runtime.engine.request import Chunk, Request
 from runtime.engine.runner import PipelineBroken, check_result
 from runtime.engine.scheduler import EngineLimits
 from runtime.engine.stream import TokenStream
-from security.channel.frame import SamplingParameters, StepHeader, StepResult
+from security.channel.frame import (
+    FrameLimits,
+    SamplingParameters,
+    StepHeader,
+    StepResult,
+    decode_step,
+    encode_step,
+)
 
 VOCABULARY = 128
 GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
@@ -45,20 +52,43 @@ def alone(request: Request) -> list[int]:
 
 
 class FakeRunner:
-    """A pipeline in this process."""
+    """A pipeline in this process, with a clock of its own.
+
+    A step takes `step_s`, or as long as its rows where they need longer, `row_s` each. The clock
+    moves when a result is waited for.
+    """
 
     def __init__(self, limits: EngineLimits, depth: int = 3) -> None:
         self.limits = limits
         self.depth = depth
+        self.cache_blocks = limits.cache_blocks
+        self.frames = FrameLimits(
+            max_sequences=limits.max_sequences,
+            max_tokens=limits.max_step_tokens,
+            max_context=limits.max_context,
+            block_size=limits.block_size,
+            cache_blocks=limits.cache_blocks,
+            hidden_size=1,
+            dtype="float32",
+            vocabulary=limits.vocabulary,
+        )
+        self.step_s = 0.05
+        self.row_s = 0.0025
+        self.now = 0.0
+        self._free_at = 0.0
         self.up = False
         self.may_come_up = True
+        self.next_cache_blocks = limits.cache_blocks
         self.poison: int | None = None
         self.steps: list[StepHeader] = []
         self.submitted = 0
-        self._flying: deque[tuple[StepHeader, tuple[int, ...], bool]] = deque()
+        self._flying: deque[tuple[StepHeader, tuple[int, ...], bool, float]] = deque()
         self._cache: dict[tuple[int, int], int] = {}
         self._break_next = False
         self.stop_at: int | None = None
+
+    def clock(self) -> float:
+        return self.now
 
     def break_next(self) -> None:
         self._break_next = True
@@ -70,18 +100,10 @@ class FakeRunner:
         self.steps.append(header)
         assert len(self._flying) < self.depth
         assert len(token_ids) == header.tokens <= self.limits.max_step_tokens
-        assert 0 < len(header.sequences) <= self.limits.max_sequences
-        flying = {s.slot for other, _, _ in self._flying for s in other.sequences}
-        slots = [s.slot for s in header.sequences]
-        assert len(set(slots)) == len(slots) and not flying & set(slots)
-        assert all(0 <= slot < self.limits.max_sequences for slot in slots)
-        blocks = [block for s in header.sequences for block in s.blocks]
-        assert len(set(blocks)) == len(blocks)
-        assert all(0 <= block < self.limits.cache_blocks for block in blocks)
-        flying_blocks = {
-            b for other, _, _ in self._flying for s in other.sequences for b in s.blocks
-        }
-        assert not flying_blocks & set(blocks)
+        # What a real stage would refuse, this one refuses, too.
+        frame = encode_step(header, "float32", 1) + bytes(4 * header.tokens)
+        assert decode_step(frame, self.frames)[0] == header
+        assert all(b < self.cache_blocks for s in header.sequences for b in s.blocks)
         drawn: list[int] = []
         at = 0
         size = self.limits.block_size
@@ -97,11 +119,13 @@ class FakeRunner:
                 ]
                 drawn.append(next_token(seen, s.sample))
         poisoned = self.poison is not None and self.poison in token_ids
-        self._flying.append((header, tuple(drawn), poisoned))
+        self._free_at = max(self.now, self._free_at) + max(self.step_s, self.row_s * header.tokens)
+        self._flying.append((header, tuple(drawn), poisoned, self._free_at))
 
     def result(self, timeout: float) -> StepResult:
         self._fail_if_broken()
-        header, tokens, poisoned = self._flying.popleft()
+        header, tokens, poisoned, ready_at = self._flying.popleft()
+        self.now = max(self.now, ready_at)
         if header.step == self.stop_at:
             # Breaks, and stays down until it is told to come up.
             self.stop_at, self.may_come_up, self._break_next = None, False, True
@@ -116,6 +140,7 @@ class FakeRunner:
     def wait_ready(self, timeout: float) -> bool:
         if not self.up and self.may_come_up:
             self.up = True
+            self.cache_blocks = self.next_cache_blocks
             self.submitted = 0
             self._flying.clear()
             self._cache.clear()

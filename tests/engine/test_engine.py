@@ -2,8 +2,6 @@ import threading
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from runtime.engine.engine import Engine
 from runtime.engine.errors import (
@@ -16,7 +14,7 @@ from runtime.engine.errors import (
 from runtime.engine.request import FinishReason, Request
 from runtime.engine.runner import PipelineBroken, Recovery, check_result
 from runtime.engine.scheduler import EngineLimits
-from security.channel.frame import SamplingParameters, SequenceStep, StepHeader, StepResult
+from security.channel.frame import SequenceStep, StepHeader, StepResult
 from tests.engine.fakes import (
     GREEDY,
     Characters,
@@ -33,7 +31,8 @@ from tests.engine.fakes import (
 def make(bounds: EngineLimits, depth: int = 3, **recovery: float) -> tuple[Engine, FakeRunner]:
     runner = FakeRunner(bounds, depth)
     rules = Recovery(**({"poll_s": 0.001} | recovery))
-    return Engine(bounds, runner, Characters(), step_deadline_s=5.0, recovery=rules), runner
+    engine = Engine(bounds, runner, Characters(), 5.0, rules, clock=runner.clock)
+    return engine, runner
 
 
 def request(prompt: str = "hello", tokens: int = 8, **fields) -> Request:
@@ -49,93 +48,8 @@ def assert_nothing_held(engine: Engine) -> None:
     status = engine.status()
     assert (status.running, status.waiting) == (0, 0)
     assert status.free_blocks == status.total_blocks
-    assert engine._live == 0 and not engine._posts
+    assert not engine._live and not engine._posts and not engine._scheduler._tenants
     assert len(engine._scheduler._slots) == engine.limits.max_running
-
-
-@st.composite
-def scenarios(draw):
-    block_size = draw(st.sampled_from([1, 2, 4, 8]))
-    bounds = EngineLimits(
-        max_sequences=draw(st.integers(1, 6)),
-        max_step_tokens=draw(st.integers(1, 20)),
-        max_context=draw(st.integers(8, 48)),
-        block_size=block_size,
-        cache_blocks=draw(st.integers(-(-8 // block_size), 20)),
-        vocabulary=128,
-        max_waiting=64,
-    )
-    requests = []
-    for _ in range(draw(st.integers(1, 10))):
-        prompt = draw(st.integers(1, bounds.max_length - 1))
-        seed = draw(st.integers(0, 2**64 - 1))
-        sampling = draw(st.sampled_from([GREEDY, SamplingParameters(0.7, 0.9, 5, seed)]))
-        end = draw(st.sampled_from([frozenset(), frozenset(range(32, 44))]))
-        letters = draw(st.lists(st.integers(32, 126), min_size=prompt, max_size=prompt))
-        most = draw(st.integers(1, bounds.max_length - prompt))
-        requests.append(Request(tuple(letters), sampling, most, end))
-    events = draw(
-        st.lists(
-            st.tuples(
-                st.sampled_from(["turn", "turn", "turn", "arrive", "cancel", "break", "outage"]),
-                st.integers(0, 9),
-            ),
-            max_size=60,
-        )
-    )
-    return bounds, draw(st.integers(1, 5)), requests, events
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(scenarios())
-def test_outputs_are_those_of_running_alone_and_nothing_leaks(scenario):
-    bounds, depth, requests, events = scenario
-    engine, runner = make(bounds, depth, give_up_after=1000)
-    waiting = list(requests)
-    readers: list[tuple[Request, Reader]] = []
-    cancelled: set[int] = set()
-
-    def arrive() -> None:
-        asked = waiting.pop(0)
-        readers.append((asked, Reader(engine.submit([asked], post=run_here)[0])))
-
-    arrive()
-    for kind, number in events:
-        if kind == "turn" and len(cancelled) < len(readers):
-            if not all(reader.ended for _, reader in readers):
-                engine.turn()
-        elif kind == "arrive" and waiting:
-            arrive()
-        elif kind == "cancel" and number < len(readers):
-            readers[number][1].stream.cancel()
-            cancelled.add(number)
-        elif kind == "break":
-            runner.break_next()
-        elif kind == "outage":
-            runner.may_come_up = not runner.may_come_up
-        for _, reader in readers:
-            reader.drain()
-        owned = [b for s in engine._scheduler.running for b in s.blocks]
-        assert len(set(owned)) == len(owned)
-        assert len(owned) + engine._scheduler.blocks.free == bounds.cache_blocks
-    runner.may_come_up = True
-    while waiting:
-        arrive()
-    # A break that is still to come needs a step to hit.
-    settle(engine, [r for i, (_, r) in enumerate(readers) if i not in cancelled])
-    while engine._scheduler.running or engine._scheduler.waiting or not engine._commands.empty():
-        engine.turn()
-    for index, (asked, reader) in enumerate(readers):
-        reader.drain()
-        expected = alone(asked)
-        shown = expected[:-1] if expected[-1] in asked.end_tokens else expected
-        text = Characters().decode(shown)
-        if index in cancelled:
-            assert text.startswith(reader.text)
-        else:
-            assert reader.text == text
-            assert reader.chunks[-1].tokens == len(expected)
-    assert_nothing_held(engine)
 
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_decode():

@@ -57,7 +57,7 @@ class Bench:
         end = time.monotonic() + 5
         while time.monotonic() < end:
             status = self.engine.status()
-            if status.free_blocks == status.total_blocks and self.engine._live == 0:
+            if status.free_blocks == status.total_blocks and not self.engine._live:
                 return
             await asyncio.sleep(0.005)
         raise AssertionError(f"not settled: {self.engine.status()}")
@@ -466,21 +466,38 @@ def test_no_value_of_any_field_is_an_internal_error(bench, path, name, value):
 
 def test_a_full_queue_is_refused_with_429():
     body = {"model": MODEL, "prompt": "x", "n": 8, "max_tokens": 250, "stream": True}
+    # What a client writes into the body does not make it another tenant.
+    disguised = body | {"user": "b", "prompt_cache_key": "b", "safety_identifier": "b"}
+    asked = [(b"a", body)] * 3 + [(b"a", disguised), (b"b", body), (b"c", body)]
     # While the pipeline is down, nothing that is taken ends before the next comes.
     with Bench(down=True) as bench:
 
         async def scenario():
-            content = json.dumps(body).encode()
-            held = [
-                await bench.service.handle("POST", "/v1/completions", "application/json", content)
-                for _ in range(5)
-            ]
+            held, errors = [], []
+            for tenant, document in asked:
+                response = await bench.service.handle(
+                    "POST",
+                    "/v1/completions",
+                    "application/json",
+                    json.dumps(document).encode(),
+                    tenant,
+                )
+                if response.status == 429:
+                    assert response.retry_after_s == 1
+                    content = b"".join([chunk async for chunk in response.chunks])
+                    errors.append(json.loads(content)["error"])
+                held.append(response)
             for response in held:
                 await response.chunks.aclose()
             await bench.settled()
-            return [response.status for response in held]
+            return [response.status for response in held], errors
 
-        assert asyncio.run(scenario()) == [200, 200, 200, 200, 429]
+        statuses, errors = asyncio.run(scenario())
+        assert statuses == [200, 200, 200, 429, 200, 429]
+        assert {error["code"] for error in errors} == {"rate_limit_exceeded"}
+        assert {error["type"] for error in errors} == {"rate_limit_error"}
+        assert "24 outputs of yours are being served or waiting, at most 29" in errors[0]["message"]
+        assert "32 outputs are being served or waiting, at most 32" in errors[1]["message"]
 
 
 @pytest.mark.parametrize("read", [0, 1, 3])
@@ -538,6 +555,8 @@ def test_an_outage_beyond_the_deadline_is_503_or_an_error_event():
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "pipeline_unavailable"
     assert empty == b"" and b"[DONE]" not in streamed[1]
     assert later[0].status == 503
+    assert (whole[0].retry_after_s, streamed[0].retry_after_s) == (5, None)
+    assert later[0].retry_after_s == 5
 
 
 def test_streams_pause_over_a_break_and_go_on(monkeypatch):
