@@ -203,10 +203,52 @@ def test_cancelling_frees_blocks_and_place():
     for reader in readers:
         reader.stream.cancel()
         reader.stream.cancel()
-    for _ in range(4):
-        engine.turn()
+    engine.turn()
     assert_nothing_held(engine)
     settle(engine, [Reader(engine.submit([request()], post=run_here)[0])])
+
+
+def test_cancelling_in_flight_frees_blocks_at_once_and_the_steps_count_for_nothing():
+    engine, _ = make(limits(max_sequences=1, max_step_tokens=8), depth=3)
+    gone = Reader(engine.submit([request("x" * 50, 10)], post=run_here)[0])
+    for _ in range(3):
+        engine.turn()
+    blocks, (old, _) = engine._scheduler.running[0].blocks[:], engine._in_flight[0]
+    assert len(engine._in_flight) == 2
+    gone.stream.cancel()
+    # The newcomer takes over slot and blocks while steps of the old owner are in flight.
+    kept = request("y" * 40, 10)
+    reader = Reader(engine.submit([kept], post=run_here)[0])
+    engine.turn()
+    newest = engine._in_flight[-1][0].header.sequences[0]
+    assert newest.slot == old.header.sequences[0].slot
+    assert set(newest.blocks) <= set(blocks)
+    settle(engine, [reader])
+    assert reader.text == answer(kept)
+    assert_nothing_held(engine)
+
+
+def test_an_epoch_with_less_cache_ends_what_no_longer_fits_and_refuses_it_from_then_on():
+    engine, runner = make(limits(cache_blocks=16, block_size=4, max_context=64))
+    long, short = request("l" * 20, 20), request("short", 10)
+    readers = [Reader(s) for s in engine.submit([long, short], post=run_here)]
+    for _ in range(6):
+        engine.turn()
+    runner.next_cache_blocks = 8
+    runner.break_next()
+    settle(engine, readers)
+    assert isinstance(readers[0].error, ContextLengthExceeded)
+    assert "is now 32 tokens, and this request needs 40" in str(readers[0].error)
+    assert readers[1].text == answer(short)
+    assert engine.max_length == 32 and engine.status().total_blocks == 8
+    with pytest.raises(ContextLengthExceeded, match="32 tokens"):
+        engine.submit([long], post=run_here)
+    # More than planned is never used; what was planned is when it comes back.
+    runner.next_cache_blocks = 1000
+    runner.break_next()
+    settle(engine, [Reader(engine.submit([short], post=run_here)[0])])
+    assert engine.max_length == 64 and engine.status().total_blocks == 16
+    assert_nothing_held(engine)
 
 
 def test_stop_strings_end_an_output_across_tokens():
