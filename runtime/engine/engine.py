@@ -26,6 +26,7 @@ from runtime.engine.runner import PipelineBroken, Recovery, StepRunner
 from runtime.engine.scheduler import EngineLimits, Scheduler, Step
 from runtime.engine.stream import Outbox, Post, TokenStream
 from runtime.engine.text import OutputText, TokenDecoder
+from security.channel.frame import StepResult
 
 __all__ = ["Engine", "EngineStatus"]
 
@@ -185,7 +186,7 @@ class Engine:
 
     def _enqueue(self, request: Request, post: Post) -> TokenStream:
         stream = TokenStream(lambda: self._commands.put(lambda: self._cancel(sequence)))
-        text = OutputText(self._decoder, request.stop)
+        text = OutputText(self._decoder, request.stop, request.include_stop)
         sequence = Sequence(self._arrivals, request, text, stream.put)
         self._arrivals += 1
         self._commands.put(lambda: self._add(sequence, post))
@@ -213,10 +214,10 @@ class Engine:
             return
         try:
             while len(self._in_flight) < self._runner.depth and (step := self._schedule()):
-                self._runner.submit(step.header, step.token_ids)
+                self._runner.submit(step.header, step.token_ids, step.admissions)
             if self._in_flight:
                 result = self._runner.result(self._step_deadline_s)
-                self._postprocess(self._in_flight.popleft(), result.step, result.tokens)
+                self._postprocess(self._in_flight.popleft(), result)
         except PipelineBroken as broken:
             self._lose(broken)
         self._outbox.flush()
@@ -240,13 +241,14 @@ class Engine:
             self._in_flight.append(step)
         return step
 
-    def _postprocess(self, step: Step, number: int, tokens: tuple[int, ...]) -> None:
-        assert number == step.header.step, "the runner answers in order (runner.check_result)"
+    def _postprocess(self, step: Step, result: StepResult) -> None:
+        assert result.step == step.header.step, "the runner answers in order (check_result)"
         self._outage_since = None
         self._scheduler.complete(step)
-        for sequence, token in zip(step.sampled, tokens, strict=True):
+        logprobs = result.logprobs or (None,) * len(result.tokens)
+        for sequence, token, entry in zip(step.sampled, result.tokens, logprobs, strict=True):
             if not sequence.cancelled:
-                chunk = sequence.accept(token)
+                chunk = sequence.accept(token, entry)
                 if chunk is not None:
                     self._outbox.put(self._posts[sequence], sequence.sink, chunk)
                 if chunk is not None and chunk.finish is not None:

@@ -33,7 +33,7 @@ from runtime.engine.errors import (
 from runtime.engine.parameters import ChatBody, Options, parse_chat, parse_completion
 from runtime.engine.request import Chunk, FinishReason, Request
 from runtime.engine.stream import TokenStream
-from security.channel.frame import SamplingParameters
+from security.channel.admission import SamplingParameters
 
 __all__ = ["OpenAIService", "Response", "TextCodec"]
 

@@ -19,6 +19,7 @@ from operator import attrgetter
 from runtime.engine.blocks import BlockAllocator
 from runtime.engine.request import Sequence, Status
 from runtime.engine.runner import Recovery
+from security.channel.admission import Admission
 from security.channel.frame import SequenceStep, StepHeader
 
 __all__ = ["EngineLimits", "Scheduler", "Step"]
@@ -82,12 +83,14 @@ class Step:
         token_ids: `header.tokens` ids.
         parts: the sequences in the header's order, each with its number of positions.
         sampled: those that get a token from the result, in order.
+        admissions: for the last stage, of those that the header admits, in order.
     """
 
     header: StepHeader
     token_ids: list[int]
     parts: tuple[tuple[Sequence, int], ...]
     sampled: tuple[Sequence, ...]
+    admissions: tuple[Admission, ...]
 
 
 class Scheduler:
@@ -221,18 +224,24 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         self._slots.append(sequence.slot)
         sequence.slot = None
+        sequence.admitted = False
         sequence.computed = 0
 
     def _make_step(self, chosen: list[tuple[Sequence, int]]) -> Step:
         parts: list[SequenceStep] = []
         token_ids: list[int] = []
         sampled: list[Sequence] = []
+        admissions: list[Admission] = []
         for sequence, count in chosen:
             assert sequence.slot is not None, "a running sequence has a slot"
             start = sequence.computed
             last = count == sequence.remaining
             if last:
                 sampled.append(sequence)
+            admitted = not sequence.admitted
+            if admitted:
+                admissions.append(sequence.admission())
+                sequence.admitted = True
             sequence.in_flight = True
             token_ids += sequence.tokens(start, count)
             parts.append(
@@ -241,9 +250,10 @@ class Scheduler:
                     start=start,
                     count=count,
                     blocks=tuple(sequence.blocks[: self.blocks.needed(start + count)]),
-                    sample=sequence.request.sampling if last else None,
+                    sampled=last,
+                    admitted=admitted,
                 )
             )
         header = StepHeader(step=self._steps, sequences=tuple(parts))
         self._steps += 1
-        return Step(header, token_ids, tuple(chosen), tuple(sampled))
+        return Step(header, token_ids, tuple(chosen), tuple(sampled), tuple(admissions))
