@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,13 @@ _RANDOM_BITS = 53
 # Reductions over chunks are many times faster than over a whole vocabulary.
 _CHUNK = 128
 # Most draws are decided among so many likeliest tokens; the rest need more, or all in order.
-_CANDIDATES = (64, 1024)
-# Sums of weights stay whole numbers in float64, which has 53 bits, and weights in float32.
+_CANDIDATES = (64, 256, 1024)
+# Sums over a vocabulary stay whole numbers in float64, which has 53 bits; and over a chunk in
+# float32, which has 24, for halves of weights. So a weight has at most twice that half's bits.
 _SUM_BITS = 52
+_HALF_BITS = 17
+# A mebibyte in float32.
+_CACHED_LOGITS = 2**18
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
@@ -267,10 +271,32 @@ def _ranked(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     if count >= vocabulary:
         values, ids = torch.sort(logits_RV, dim=-1, descending=True, stable=True)
         return values, ids, torch.full((rows,), vocabulary, device=logits_RV.device)
-    values, ids = torch.topk(logits_RV, count, dim=-1)
+    if 4 * count <= vocabulary // _CHUNK:
+        of_chunks_RC, ids_of_chunks_RC = _largest_chunks(logits_RV, count)
+        values, places = torch.topk(of_chunks_RC, count, dim=-1)
+        ids = ids_of_chunks_RC.gather(1, places)
+    else:
+        values, ids = torch.topk(logits_RV, count, dim=-1)
     ids, order = torch.sort(ids, dim=-1)
     values, order = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
     return values, ids.gather(1, order), (values > values[:, -1:]).sum(-1)
+
+
+def _largest_chunks(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids, among which the `count` largest of each row are.
+
+    A token that is among them is in one of the `count` chunks whose largest are largest, unless as
+    many others equal it. What is left behind the last full chunk is always there.
+    """
+    rows, vocabulary = logits_RV.shape
+    whole = vocabulary // _CHUNK * _CHUNK
+    device = logits_RV.device
+    chunks = logits_RV[:, :whole].view(rows, whole // _CHUNK, _CHUNK)
+    chunk_RC = torch.topk(chunks.amax(-1), count, dim=-1).indices
+    ids = (chunk_RC[:, :, None] * _CHUNK + torch.arange(_CHUNK, device=device)).flatten(1)
+    rest = torch.arange(whole, vocabulary, device=device).expand(rows, -1)
+    ids = torch.cat([ids, rest], dim=1)
+    return logits_RV.gather(1, ids), ids
 
 
 def _pick(
@@ -289,11 +315,20 @@ def _pick(
     free = [row for row in range(len(bits)) if not weights.limited(row)]
     tokens = [0] * len(bits)
     for rows, pick in ((free, _pick_of_all), (limited, _pick_of_kept)):
-        if rows:
-            found = pick(logits_RV, weights, rows, [bits[row] for row in rows])
-            for row, token in zip(rows, found, strict=True):
+        for some in _blocks(rows, logits_RV):
+            found = pick(logits_RV, weights, some, [bits[row] for row in some])
+            for row, token in zip(some, found, strict=True):
                 tokens[row] = token
     return tokens
+
+
+def _blocks(rows: Sequence[int], logits_RV: torch.Tensor) -> Iterator[Sequence[int]]:
+    """The rows in groups that fit a CPU's cache: fresh memory would cost more than the work."""
+    size = max(1, len(rows))
+    if logits_RV.device.type == "cpu":
+        size = max(1, _CACHED_LOGITS // logits_RV.shape[1])
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 class _Weights:
@@ -310,7 +345,7 @@ class _Weights:
     ) -> None:
         self.parameters = parameters
         self.vocabulary = vocabulary
-        self.one = 2.0 ** (_SUM_BITS - vocabulary.bit_length())
+        self.one = 2.0 ** min(2 * _HALF_BITS, _SUM_BITS - vocabulary.bit_length())
         self._largest_R = largest_R
         # Bounded, so that the coldest temperature multiplies 0 by a number, not by infinity.
         inverse = [min(1 / wanted.temperature, _LARGEST_FLOAT) for wanted in parameters]
@@ -333,15 +368,7 @@ def _pick_of_all(
 ) -> list[int]:
     """In order of token ids; first the chunk is found, then the token in it."""
     weights_RV = weights.of(rows, _rows_of(logits_RV, rows))
-    whole = weights.vocabulary // _CHUNK * _CHUNK
-    chunks = weights_RV[:, :whole].view(len(rows), whole // _CHUNK, _CHUNK)
-    sums_RC = torch.cat(
-        [
-            chunks.sum(-1, dtype=torch.float64),
-            weights_RV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64),
-        ],
-        dim=1,
-    )
+    sums_RC = _chunk_sums(weights_RV)
     until_RC = sums_RC.cumsum(-1)
     target_R1 = _targets(until_RC[:, -1], bits)
     chunk_R1 = torch.searchsorted(until_RC, target_R1, right=True)
@@ -407,10 +434,28 @@ def _nucleus_weights(
         shares.append(math.inf if wanted.top_p >= 1 else -1.0)
     if whole:
         weights_RV = weights.of(whole, _rows_of(logits_RV, whole))
-        totals: list[float] = weights_RV.sum(-1, dtype=torch.float64).tolist()
+        totals: list[float] = _chunk_sums(weights_RV).sum(-1).tolist()
         for row, total in zip(whole, totals, strict=True):
             shares[rows.index(row)] = weights.parameters[row].top_p * total
     return shares
+
+
+def _chunk_sums(weights_RV: torch.Tensor) -> torch.Tensor:
+    """Exact sums [R, C] of the weights of each chunk, float64; the last chunk may be short.
+
+    Adding up in float64 is slow on a CPU. Split in two halves of at most `_HALF_BITS`, 128 weights
+    add up exactly in float32, too.
+    """
+    rows, vocabulary = weights_RV.shape
+    whole = vocabulary // _CHUNK * _CHUNK
+    high_RV = (weights_RV * 2.0**-_HALF_BITS).floor_()
+    low_RV = weights_RV - high_RV * 2.0**_HALF_BITS
+    sums = []
+    for half in (high_RV, low_RV):
+        chunks = half[:, :whole].view(rows, whole // _CHUNK, _CHUNK)
+        sums.append(torch.cat([chunks.sum(-1), half[:, whole:].sum(-1, keepdim=True)], dim=1))
+    high_RC, low_RC = sums
+    return high_RC.double() * 2.0**_HALF_BITS + low_RC.double()
 
 
 def _targets(totals_R: torch.Tensor, bits: Sequence[int]) -> torch.Tensor:
@@ -426,8 +471,10 @@ def _targets(totals_R: torch.Tensor, bits: Sequence[int]) -> torch.Tensor:
 
 
 def _rows_of(logits_RV: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """These rows, without a copy where they are all."""
-    return logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[list(rows)]
+    """These rows, without a copy where they follow each other."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return logits_RV[rows[0] : rows[-1] + 1]
+    return logits_RV[list(rows)]
 
 
 def _logprobs(
