@@ -403,7 +403,9 @@ def _pick_of_kept(
         rank_C = torch.arange(values_RC.shape[1], device=logits_RV.device)
         in_top_k = rank_C < top_k
         of_top_k = (weights_RC * in_top_k).sum(-1, keepdim=True)
-        share_R1 = torch.tensor([shares[at] for at in left], device=logits_RV.device)[:, None]
+        share_R1 = torch.tensor(
+            [[shares[at]] for at in left], dtype=torch.float64, device=logits_RV.device
+        )
         share_R1 = torch.where(share_R1 < 0, top_p * of_top_k, share_R1)
         kept = in_top_k & (until_RC - weights_RC < share_R1) & (weights_RC >= min_weight)
         kept_R = kept.sum(-1).clamp(min=1)
