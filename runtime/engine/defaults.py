@@ -1,7 +1,8 @@
 """What a request gets that does not say: sampling defaults and end-of-sequence tokens.
 
-As in vLLM, `temperature`, `top_p`, `top_k` and `max_new_tokens` come from generation_config.json
-where it names them, and OpenAI's defaults (temperature 1, no limits) apply where it does not.
+As in vLLM, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `max_new_tokens` come
+from generation_config.json where it names them, and OpenAI's defaults (temperature 1, no limits)
+apply where it does not.
 transformers' `generate` differs: it is greedy unless the file says `do_sample: true`. Clients of
 an OpenAI endpoint expect sampling, so silence means temperature 1; an explicit `do_sample: false`
 is the publisher's word and means greedy. Asking for temperature 0 is greedy always.
@@ -15,17 +16,19 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from runtime.engine.tokenizer import TokenizerError, load_json
+from security.channel.admission import MAX_END_TOKENS, REPETITION_PENALTIES
 
-__all__ = ["GenerationDefaults", "generation_defaults"]
+__all__ = ["MAX_MODEL_END_TOKENS", "GenerationDefaults", "generation_defaults"]
+
+# The rest of what a stage takes is for the ids that a request adds.
+MAX_MODEL_END_TOKENS = MAX_END_TOKENS // 2
 
 _log = logging.getLogger(__name__)
 
 # Settings that change the output, and the values at which they do not.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "repetition_penalty": (None, 1, 1.0),
     "encoder_repetition_penalty": (None, 1, 1.0),
     "no_repeat_ngram_size": (None, 0),
-    "min_p": (None, 0, 0.0),
     "typical_p": (None, 1, 1.0),
     "epsilon_cutoff": (None, 0, 0.0),
     "eta_cutoff": (None, 0, 0.0),
@@ -55,6 +58,8 @@ class GenerationDefaults:
     top_k: int
     end_tokens: frozenset[int]
     max_tokens: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def generation_defaults(
@@ -99,6 +104,15 @@ def generation_defaults(
         top_k=max(0, top_k),
         end_tokens=frozenset(end_tokens),
         max_tokens=max_tokens or None,
+        min_p=_number(document, where, "min_p", default=0.0, low=0.0, high=1.0),
+        repetition_penalty=_number(
+            document,
+            where,
+            "repetition_penalty",
+            default=1.0,
+            low=REPETITION_PENALTIES[0],
+            high=REPETITION_PENALTIES[1],
+        ),
     )
 
 
@@ -139,4 +153,8 @@ def _token_ids(value: object, where: str) -> set[int]:
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise TokenizerError(f"{where}: eos_token_id: expected token ids")
+    if len(ids) > MAX_MODEL_END_TOKENS:
+        raise TokenizerError(
+            f"{where}: eos_token_id: expected at most {MAX_MODEL_END_TOKENS} ids, found {len(ids)}"
+        )
     return set(ids)

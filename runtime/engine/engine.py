@@ -26,6 +26,7 @@ from runtime.engine.runner import PipelineBroken, Recovery, StepRunner
 from runtime.engine.scheduler import EngineLimits, Scheduler, Step
 from runtime.engine.stream import Outbox, Post, TokenStream
 from runtime.engine.text import OutputText, TokenDecoder
+from security.channel.frame import StepResult
 
 __all__ = ["Engine", "EngineStatus"]
 
@@ -207,7 +208,7 @@ class Engine:
 
     def _enqueue(self, request: Request, post: Post, tenant: bytes) -> TokenStream:
         stream = TokenStream(lambda: self._commands.put(lambda: self._cancel(sequence)))
-        text = OutputText(self._decoder, request.stop)
+        text = OutputText(self._decoder, request.stop, request.include_stop)
         sequence = Sequence(self._arrivals, request, text, stream.put, tenant)
         self._arrivals += 1
         self._commands.put(lambda: self._add(sequence, post))
@@ -240,12 +241,12 @@ class Engine:
         """Fills the pipeline and takes one result."""
         try:
             while len(self._in_flight) < self._runner.depth and (step := self._schedule()):
-                self._runner.submit(step.header, step.token_ids)
+                self._runner.submit(step.header, step.token_ids, step.admissions)
             if self._in_flight:
                 result = self._runner.result(self._step_deadline_s)
                 step, submitted = self._in_flight.popleft()
                 self._time(step, submitted)
-                self._postprocess(step, result.step, result.tokens)
+                self._postprocess(step, result)
         except PipelineBroken as broken:
             self._lose(broken)
 
@@ -275,15 +276,16 @@ class Engine:
         self._last_result = now
         self._scheduler.pace.record(step.decodes, step.prompt_tokens, seconds)
 
-    def _postprocess(self, step: Step, number: int, tokens: tuple[int, ...]) -> None:
-        assert number == step.header.step, "the runner answers in order (runner.check_result)"
+    def _postprocess(self, step: Step, result: StepResult) -> None:
+        assert result.step == step.header.step, "the runner answers in order (check_result)"
         self._outage_since = None
         self._scheduler.complete(step)
         sampled = [part for part in step.parts if part.sampled]
-        for part, token in zip(sampled, tokens, strict=True):
+        logprobs = result.logprobs or (None,) * len(result.tokens)
+        for part, token, entry in zip(sampled, result.tokens, logprobs, strict=True):
             # Of a sequence that was cancelled meanwhile nobody wants the token.
             if part.current:
-                self._deliver(part.sequence, part.sequence.accept(token))
+                self._deliver(part.sequence, part.sequence.accept(token, entry))
 
     def _deliver(self, sequence: Sequence, chunk: Chunk | None) -> None:
         if chunk is not None:

@@ -31,9 +31,9 @@ from runtime.engine.errors import (
     WrongMethod,
 )
 from runtime.engine.parameters import ChatBody, Options, parse_chat, parse_completion
-from runtime.engine.request import Chunk, FinishReason, Request
+from runtime.engine.request import Chunk, FinishReason, Request, TokenScore
 from runtime.engine.stream import TokenStream
-from security.channel.frame import SamplingParameters
+from security.channel.admission import SamplingParameters
 
 __all__ = ["OpenAIService", "Response", "TextCodec"]
 
@@ -63,6 +63,10 @@ class TextCodec(Protocol):
         self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None
     ) -> str:
         """The text of a conversation."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, by itself."""
         ...
 
 
@@ -211,12 +215,14 @@ class OpenAIService:
         options, requests = await loop.run_in_executor(
             self._preparing, self._prepare_completion, body
         )
-        return await self._answer(_Completions(self._model, options), options, requests, tenant)
+        shape = _Completions(self._model, options, self._codec)
+        return await self._answer(shape, options, requests, tenant)
 
     async def _chat(self, body: bytes, tenant: bytes) -> Response:
         loop = asyncio.get_running_loop()
         options, requests = await loop.run_in_executor(self._preparing, self._prepare_chat, body)
-        return await self._answer(_Chats(self._model, options), options, requests, tenant)
+        shape = _Chats(self._model, options, self._codec)
+        return await self._answer(shape, options, requests, tenant)
 
     def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
@@ -252,13 +258,25 @@ class OpenAIService:
         end_tokens = options.stop_token_ids
         if not options.ignore_eos:
             end_tokens |= defaults.end_tokens
+        # The model's own may be outside its vocabulary, where nothing is drawn.
+        guarded = sorted(token for token in end_tokens if token < vocabulary)
+        if options.min_tokens and len(guarded) == vocabulary:
+            raise InvalidRequest(
+                "min_tokens: every token would end the output; name fewer stop_token_ids.",
+                "min_tokens",
+            )
         requests: list[Request] = []
         for prompt in prompts:
             if any(not 0 <= token < vocabulary for token in prompt):
                 raise InvalidRequest("The prompt has tokens outside the model's vocabulary.")
             max_tokens = self._engine.check(len(prompt), options.max_tokens)
             if options.max_tokens is None and defaults.max_tokens is not None:
-                max_tokens = min(max_tokens, defaults.max_tokens)
+                max_tokens = min(max_tokens, max(defaults.max_tokens, options.min_tokens))
+            if options.min_tokens > max_tokens:
+                raise InvalidRequest(
+                    f"min_tokens: expected at most the {max_tokens} that the context leaves.",
+                    "min_tokens",
+                )
             for _ in range(options.choices):
                 sampling = SamplingParameters(
                     temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
@@ -266,6 +284,16 @@ class OpenAIService:
                     top_k=0 if top_k >= vocabulary else top_k,
                     # Choices differ, and the same request with the same seed repeats them all.
                     seed=(seed + len(requests)) % 2**64,
+                    min_p=_given(options.min_p, defaults.min_p),
+                    presence_penalty=options.presence_penalty,
+                    frequency_penalty=options.frequency_penalty,
+                    repetition_penalty=_given(
+                        options.repetition_penalty, defaults.repetition_penalty
+                    ),
+                    min_tokens=options.min_tokens,
+                    end_tokens=tuple(guarded) if options.min_tokens else (),
+                    logit_bias=options.logit_bias,
+                    logprobs=options.logprobs,
                 )
                 requests.append(
                     Request(
@@ -274,6 +302,7 @@ class OpenAIService:
                         max_tokens=max_tokens,
                         end_tokens=end_tokens,
                         stop=options.stop,
+                        include_stop=options.include_stop,
                         show_ids=options.return_token_ids,
                     )
                 )
@@ -326,8 +355,10 @@ class _Shape(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, options: Options) -> None:
+    def __init__(self, model: str, options: Options, codec: TextCodec) -> None:
         self._model = model
+        self._codec = codec
+        self._logprobs = options.logprobs
         self._include_usage = options.include_usage
         self._show_ids = options.return_token_ids
         self._id = f"{self.prefix}-{secrets.token_hex(16)}"
@@ -393,10 +424,33 @@ class _Completions(_Shape):
         return {
             "index": index,
             "text": output.text,
-            "logprobs": None,
+            "logprobs": self._scored(output.scores),
             "finish_reason": output.finish,
             **self.ids(output),
         }
+
+    def _scored(self, scores: tuple[TokenScore, ...]) -> Document | None:
+        """Four lists side by side; the token drawn is among the likeliest, or added to them."""
+        if self._logprobs is None:
+            return None
+        return {
+            "tokens": [self._name(score.token) for score in scores],
+            "token_logprobs": [score.logprobs.chosen for score in scores],
+            "top_logprobs": [
+                {self._name(token): logprob for token, logprob in score.logprobs.alternatives}
+                | {self._name(score.token): score.logprobs.chosen}
+                for score in scores
+            ],
+            "text_offset": [score.offset for score in scores],
+        }
+
+    def _name(self, token: int) -> str:
+        """The token's text; bytes that are none are spelt out, so that names stay apart."""
+        content = self._codec.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 class _Chats(_Shape):
@@ -409,8 +463,12 @@ class _Chats(_Shape):
 
     def piece(self, index: int, chunk: Chunk) -> list[Document]:
         choices: list[Document] = []
-        if chunk.text or chunk.ids:
-            choices.append(self._delta(index, {"content": chunk.text}, None) | self.ids(chunk))
+        if chunk.text or chunk.ids or chunk.scores:
+            choices.append(
+                self._delta(index, {"content": chunk.text}, None)
+                | {"logprobs": self._scored(chunk.scores)}
+                | self.ids(chunk)
+            )
         if chunk.finish is not None:
             choices.append(self._delta(index, {}, chunk.finish))
         return choices
@@ -419,9 +477,33 @@ class _Chats(_Shape):
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": self._scored(output.scores),
             "finish_reason": output.finish,
             **self.ids(output),
+        }
+
+    def _scored(self, scores: tuple[TokenScore, ...]) -> Document | None:
+        if self._logprobs is None:
+            return None
+        return {
+            "content": [
+                self._entry(score.token, score.logprobs.chosen)
+                | {
+                    "top_logprobs": [
+                        self._entry(*alternative) for alternative in score.logprobs.alternatives
+                    ]
+                }
+                for score in scores
+            ],
+            "refusal": None,
+        }
+
+    def _entry(self, token: int, logprob: float) -> Document:
+        content = self._codec.token_bytes(token)
+        return {
+            "token": content.decode(errors="backslashreplace"),
+            "logprob": logprob,
+            "bytes": list(content),
         }
 
     @staticmethod

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from runtime.engine.errors import InvalidRequest
+from security.channel.admission import (
+    MAX_ADDED_PENALTY,
+    MAX_BIAS,
+    MAX_BIASES,
+    REPETITION_PENALTIES,
+)
+from security.channel.frame import MAX_ALTERNATIVES
 
 __all__ = ["ChatBody", "CompletionBody", "Options", "parse_chat", "parse_completion"]
 
@@ -26,13 +33,7 @@ _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 # Parameters that are not served, with the values at which they change nothing.
 _INERT: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "use_beam_search": (False,),
@@ -41,7 +42,6 @@ _INERT: dict[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "detokenize": (True,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -58,8 +58,6 @@ _INERT: dict[str, tuple[object, ...]] = {
     "echo": (False,),
 }
 _INERT_CHAT: dict[str, tuple[object, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -80,7 +78,6 @@ _INERT_CHAT: dict[str, tuple[object, ...]] = {
     "documents": ([],),
 }
 _INERT_COMPLETION: dict[str, tuple[object, ...]] = {
-    "logprobs": (),
     "suffix": ("",),
     "best_of": (1,),
     "add_special_tokens": (True,),
@@ -108,7 +105,13 @@ class Options:
         choices: outputs for each prompt (`n`).
         max_tokens: most tokens of each output.
         top_k: 0 for no limit.
+        min_p, repetition_penalty: extensions, as in vLLM.
+        logit_bias: token ids and what is added to their logits, at most `MAX_BIASES`.
+        logprobs: None, or how many of the likeliest tokens are told beside each token's logprob.
+        min_tokens: output tokens before which no end token is drawn (an extension, as in vLLM); it
+            does not concern `stop`.
         stop: strings that end an output.
+        include_stop: whether that string is shown (`include_stop_str_in_output` of vLLM).
         stop_token_ids: ids that end an output (an extension, as in vLLM).
         ignore_eos: whether the model's end tokens are ordinary ones (an extension, as in vLLM).
         return_token_ids: whether choices say their `token_ids` (an extension, as in vLLM).
@@ -122,8 +125,16 @@ class Options:
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float | None
+    logit_bias: tuple[tuple[int, float], ...]
+    logprobs: int | None
     seed: int | None
+    min_tokens: int
     stop: tuple[str, ...]
+    include_stop: bool
     stop_token_ids: frozenset[int]
     ignore_eos: bool
     return_token_ids: bool
@@ -163,7 +174,10 @@ def parse_chat(body: bytes, vocabulary: int) -> ChatBody:
             )
     max_tokens = reader.integer("max_completion_tokens", 1, None)
     older = reader.integer("max_tokens", 1, None)
-    options = _options(reader, vocabulary, max_tokens if max_tokens is not None else older)
+    logprobs = _chat_logprobs(reader)
+    options = _options(
+        reader, vocabulary, max_tokens if max_tokens is not None else older, logprobs
+    )
     reader.inert(_INERT_CHAT)
     reader.finish()
     return ChatBody(options, messages, arguments)
@@ -178,7 +192,8 @@ def parse_completion(body: bytes, vocabulary: int) -> CompletionBody:
     reader = _Reader(body)
     prompts = _prompts(reader.take("prompt"), vocabulary)
     max_tokens = reader.integer("max_tokens", 1, None)
-    options = _options(reader, vocabulary, 16 if max_tokens is None else max_tokens)
+    logprobs = reader.integer("logprobs", 0, MAX_ALTERNATIVES)
+    options = _options(reader, vocabulary, 16 if max_tokens is None else max_tokens, logprobs)
     # best_of draws more outputs than it returns, unless it equals n.
     if reader.peek("best_of") == options.choices and options.choices > 1:
         reader.take("best_of")
@@ -275,7 +290,9 @@ class _Reader:
             )
 
 
-def _options(reader: _Reader, vocabulary: int, max_tokens: int | None) -> Options:
+def _options(
+    reader: _Reader, vocabulary: int, max_tokens: int | None, logprobs: int | None
+) -> Options:
     model = reader.text("model")
     if not model:
         raise InvalidRequest("model: expected the name of a model, found none.", "model")
@@ -304,8 +321,16 @@ def _options(reader: _Reader, vocabulary: int, max_tokens: int | None) -> Option
         temperature=reader.number("temperature", 0.0, 2.0),
         top_p=_top_p(reader),
         top_k=None if top_k is None else max(0, top_k),
+        min_p=reader.number("min_p", 0.0, 1.0),
+        presence_penalty=_added_penalty(reader, "presence_penalty"),
+        frequency_penalty=_added_penalty(reader, "frequency_penalty"),
+        repetition_penalty=reader.number("repetition_penalty", *REPETITION_PENALTIES),
+        logit_bias=_logit_bias(reader.mapping("logit_bias"), vocabulary),
+        logprobs=logprobs,
         seed=None if seed is None else seed % 2**64,
+        min_tokens=_min_tokens(reader, max_tokens),
         stop=_stop(reader.take("stop")),
+        include_stop=reader.boolean("include_stop_str_in_output"),
         stop_token_ids=frozenset(_ids(reader.take("stop_token_ids"), vocabulary)),
         ignore_eos=reader.boolean("ignore_eos"),
         return_token_ids=reader.boolean("return_token_ids"),
@@ -333,6 +358,49 @@ def _top_p(reader: _Reader) -> float | None:
     top_p = reader.number("top_p", 0.0, 1.0)
     # OpenAI takes 0; the set of most likely tokens is never empty, so it means the likeliest one.
     return max(top_p, 1e-9) if top_p is not None else None
+
+
+def _chat_logprobs(reader: _Reader) -> int | None:
+    """Two fields of a chat, of which the first is the switch."""
+    wanted = reader.boolean("logprobs")
+    alternatives = reader.integer("top_logprobs", 0, MAX_ALTERNATIVES)
+    if alternatives and not wanted:
+        raise InvalidRequest("top_logprobs: only allowed when logprobs is true.", "top_logprobs")
+    return alternatives or 0 if wanted else None
+
+
+def _added_penalty(reader: _Reader, name: str) -> float:
+    return reader.number(name, -MAX_ADDED_PENALTY, MAX_ADDED_PENALTY) or 0.0
+
+
+def _logit_bias(biases: dict[str, object], vocabulary: int) -> tuple[tuple[int, float], ...]:
+    if len(biases) > MAX_BIASES:
+        raise InvalidRequest(f"logit_bias: expected at most {MAX_BIASES} tokens.", "logit_bias")
+    found: dict[int, float] = {}
+    for name, bias in biases.items():
+        # Bounded before it is converted; int() would take signs, spaces and underscores.
+        if not (name.isascii() and name.isdigit() and len(name) <= 10 and int(name) < vocabulary):
+            raise InvalidRequest(
+                f"logit_bias: expected token ids from 0 to {vocabulary - 1} as names; one is not.",
+                "logit_bias",
+            )
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise _wrong("logit_bias", "numbers", bias)
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise InvalidRequest(
+                f"logit_bias: expected {-MAX_BIAS:g} to {MAX_BIAS:g}.", "logit_bias"
+            )
+        if int(name) in found:
+            raise InvalidRequest("logit_bias: a token is named twice.", "logit_bias")
+        found[int(name)] = float(bias)
+    return tuple(found.items())
+
+
+def _min_tokens(reader: _Reader, max_tokens: int | None) -> int:
+    least = reader.integer("min_tokens", 0, None) or 0
+    if max_tokens is not None and least > max_tokens:
+        raise InvalidRequest("min_tokens: expected at most as many as max_tokens.", "min_tokens")
+    return least
 
 
 def _stop(value: object) -> tuple[str, ...]:

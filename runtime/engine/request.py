@@ -8,9 +8,10 @@ from enum import StrEnum
 
 from runtime.engine.errors import RequestError
 from runtime.engine.text import OutputText
-from security.channel.frame import SamplingParameters
+from security.channel.admission import Admission, SamplingParameters
+from security.channel.frame import TokenLogprobs
 
-__all__ = ["Chunk", "Event", "FinishReason", "Request", "Sequence", "Status"]
+__all__ = ["Chunk", "Event", "FinishReason", "Request", "Sequence", "Status", "TokenScore"]
 
 
 class FinishReason(StrEnum):
@@ -37,7 +38,8 @@ class Request:
         sampling: how tokens are drawn; the seed is already chosen.
         max_tokens: most tokens of output, at least 1.
         end_tokens: ids that end the output; counted, not shown.
-        stop: strings that end the output; not shown.
+        stop: strings that end the output; not shown, unless `include_stop`.
+        include_stop: whether the stop string that ends the output is its last text.
         show_ids: whether the news of the output holds token ids, too.
     """
 
@@ -46,7 +48,17 @@ class Request:
     max_tokens: int
     end_tokens: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
     show_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of visible text, where that begins in the output's text, and its logprobs."""
+
+    token: int
+    offset: int
+    logprobs: TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +66,25 @@ class Chunk:
     """News of an output: text that became visible, output tokens so far, and whether it ended.
 
     `ids` are the tokens since the last chunk, end tokens included, where they were asked for.
+    `scores` are, where they were asked for, of the tokens whose text has become visible since: an
+    end token has none, nor have tokens behind the beginning of a stop string that is not shown.
     """
 
     text: str
     tokens: int
     finish: FinishReason | None = None
     ids: tuple[int, ...] = ()
+    scores: tuple[TokenScore, ...] = ()
 
     def followed_by(self, later: Chunk) -> Chunk:
         """Both in one."""
-        return Chunk(self.text + later.text, later.tokens, later.finish, self.ids + later.ids)
+        return Chunk(
+            self.text + later.text,
+            later.tokens,
+            later.finish,
+            self.ids + later.ids,
+            self.scores + later.scores,
+        )
 
 
 Event = Chunk | RequestError
@@ -83,6 +104,7 @@ class Sequence:
         names: names of its first full blocks (see `PrefixNames`), as far as they were needed.
         published: first blocks that are read only: found, or filled and offered to others.
         slot: name in every stage while running.
+        admitted: whether the last stage knows of it under that slot.
         run: counts the times it was put on the stages or taken off; a step of an older run is void.
         in_flight: steps of this run in flight; several for a prompt, never more than one decode.
         began: newest arrival in the engine when its first token came; None before.
@@ -109,12 +131,14 @@ class Sequence:
         self.names: list[bytes] = []
         self.published = 0
         self.slot: int | None = None
+        self.admitted = False
         self.status = Status.WAITING
         self.run = 0
         self.in_flight = 0
         self.began: int | None = None
         self.breaks = 0
         self._text = text
+        self._scores: list[TokenScore] = []
 
     @property
     def length(self) -> int:
@@ -138,17 +162,43 @@ class Sequence:
         begin = max(0, start - len(prompt))
         return from_prompt + self.output[begin : begin + count - len(from_prompt)]
 
-    def accept(self, token: int) -> Chunk | None:
+    def admission(self) -> Admission:
+        """What the last stage must know, as of now, to draw the tokens to come."""
+        assert self.slot is not None, "a running sequence has a slot"
+        wanted = self.request.sampling
+        return Admission(
+            slot=self.slot,
+            parameters=wanted,
+            first=len(self.request.prompt),
+            prompt=self.request.prompt if wanted.counts_prompt else (),
+            output=tuple(self.output) if wanted.counts_output else (),
+        )
+
+    def accept(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk | None:
         """Takes the next token; returns the news for the client, if there is any."""
         self.output.append(token)
         self.breaks = 0
         ids = (token,) if self.request.show_ids else ()
         ended = token in self.request.end_tokens
-        text = "" if ended else self._text.push(token)
+        text = ""
+        if not ended:
+            if logprobs is not None:
+                self._scores.append(TokenScore(token, self._text.produced, logprobs))
+            text = self._text.push(token)
+        finish: FinishReason | None = None
         if ended or self._text.stopped or len(self.output) == self.request.max_tokens:
             if not self._text.stopped:
                 text += self._text.finish()
             stopped = ended or self._text.stopped
             finish = FinishReason.STOP if stopped else FinishReason.LENGTH
-            return Chunk(text, len(self.output), finish, ids)
-        return Chunk(text, len(self.output), None, ids) if text or ids else None
+        scores = self._visible_scores(complete=finish is not None and not self._text.stopped)
+        if finish is None and not (text or ids or scores):
+            return None
+        return Chunk(text, len(self.output), finish, ids, scores)
+
+    def _visible_scores(self, *, complete: bool) -> tuple[TokenScore, ...]:
+        """Those not told yet whose text has begun to show; all where nothing follows."""
+        shown = self._text.shown
+        count = sum(complete or score.offset < shown for score in self._scores)
+        visible, self._scores = self._scores[:count], self._scores[count:]
+        return tuple(visible)

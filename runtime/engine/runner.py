@@ -9,9 +9,11 @@ The rules that bound this are in `Recovery`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from security.channel.admission import Admission
 from security.channel.frame import StepHeader, StepResult
 
 __all__ = ["PipelineBroken", "Recovery", "StepRunner", "check_result"]
@@ -41,8 +43,15 @@ class StepRunner(Protocol):
         """
         ...
 
-    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
-        """Starts a step; `token_ids` holds `header.tokens` ids, in the order of the sequences.
+    def submit(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission]
+    ) -> None:
+        """Starts a step.
+
+        Args:
+            header: of the step.
+            token_ids: `header.tokens` ids, in the order of the sequences.
+            admissions: of the sequences that the header admits, in the order of `header.admitted`.
 
         Raises:
             PipelineBroken: the step and all others in flight are lost.
@@ -96,18 +105,32 @@ class Recovery:
             )
 
 
-def check_result(header: StepHeader, result: StepResult, vocabulary: int) -> None:
+def check_result(
+    header: StepHeader, result: StepResult, vocabulary: int, asked: Sequence[int | None]
+) -> None:
     """Checks a result against the oldest step in flight.
 
+    Args:
+        header: of that step.
+        result: what came back.
+        vocabulary: token ids are below this.
+        asked: the `SamplingParameters.logprobs` of each sampled sequence.
+
     Raises:
-        PipelineBroken: another step, another number of tokens, or a token that does not exist.
+        PipelineBroken: another step, another number of tokens or of logprobs, or a token that does
+            not exist.
     """
     if result.step != header.step:
         raise PipelineBroken(f"result of a step: expected {header.step}, found {result.step}")
-    sampled = sum(sequence.sample is not None for sequence in header.sequences)
-    if len(result.tokens) != sampled:
+    if len(result.tokens) != header.sampled:
         raise PipelineBroken(
-            f"step {header.step}: expected {sampled} tokens, found {len(result.tokens)}"
+            f"step {header.step}: expected {header.sampled} tokens, found {len(result.tokens)}"
+        )
+    wanted = [None if count is None else min(count, vocabulary) for count in asked]
+    found = [None if entry is None else len(entry.alternatives) for entry in result.logprobs]
+    if (found or [None] * header.sampled) != wanted:
+        raise PipelineBroken(
+            f"step {header.step}: expected logprobs with {wanted} alternatives, found {found}"
         )
     for token in result.tokens:
         if not 0 <= token < vocabulary:

@@ -31,6 +31,7 @@ from runtime.engine.blocks import BlockAllocator, PrefixNames
 from runtime.engine.pace import StepPace
 from runtime.engine.request import Sequence, Status
 from runtime.engine.runner import Recovery
+from security.channel.admission import Admission
 from security.channel.frame import SequenceStep, StepHeader
 
 __all__ = ["EngineLimits", "Part", "Scheduler", "Step"]
@@ -131,12 +132,14 @@ class Step:
         token_ids: `header.tokens` ids.
         parts: in the header's order.
         decodes: sequences in it whose last token alone is computed.
+        admissions: for the last stage, of those that the header admits, in order.
     """
 
     header: StepHeader
     token_ids: list[int]
     parts: tuple[Part, ...]
     decodes: int
+    admissions: tuple[Admission, ...]
 
     @property
     def prompt_tokens(self) -> int:
@@ -387,17 +390,23 @@ class Scheduler:
         sequence.slot = None
         sequence.run += 1
         sequence.in_flight = 0
+        sequence.admitted = False
         sequence.computed = sequence.planned = sequence.published = 0
 
     def _make_step(self, chosen: list[tuple[Sequence, int]], decodes: int) -> Step:
         entries: list[SequenceStep] = []
         token_ids: list[int] = []
         parts: list[Part] = []
+        admissions: list[Admission] = []
         for sequence, count in chosen:
             assert sequence.slot is not None, "a running sequence has a slot"
             start = sequence.planned
             last = count == sequence.remaining
             parts.append(Part(sequence, sequence.run, count, last))
+            admitted = not sequence.admitted
+            if admitted:
+                admissions.append(sequence.admission())
+                sequence.admitted = True
             token_ids += sequence.tokens(start, count)
             entries.append(
                 SequenceStep(
@@ -405,11 +414,12 @@ class Scheduler:
                     start=start,
                     count=count,
                     blocks=tuple(sequence.blocks[: self.blocks.needed(start + count)]),
-                    sample=sequence.request.sampling if last else None,
+                    sampled=last,
+                    admitted=admitted,
                 )
             )
             sequence.in_flight += 1
             sequence.planned += count
         header = StepHeader(step=self._steps, sequences=tuple(entries))
         self._steps += 1
-        return Step(header, token_ids, tuple(parts), decodes)
+        return Step(header, token_ids, tuple(parts), decodes, tuple(admissions))

@@ -57,15 +57,25 @@ class Detokenizer:
 class OutputText:
     """The visible text of one output.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be. The
-    stop string and what follows it are never visible.
+    Text that may be the beginning of a stop string is held back until it is known not to be. What
+    follows a stop string is never visible, nor is the string itself unless `include_stop`.
+
+    Attributes:
+        stopped: a stop string was found; nothing may be pushed any more.
+        produced: characters that tokens have completed, visible or held back.
+        shown: characters that have become visible.
     """
 
-    def __init__(self, decoder: TokenDecoder, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, decoder: TokenDecoder, stop: tuple[str, ...], include_stop: bool = False
+    ) -> None:
         self._detokenizer = Detokenizer(decoder)
         self._stop = stop
+        self._include_stop = include_stop
         self._held = ""
         self.stopped = False
+        self.produced = 0
+        self.shown = 0
 
     def push(self, token: int) -> str:
         """The text that becomes visible with this token."""
@@ -76,21 +86,23 @@ class OutputText:
         shown = self._show(self._detokenizer.flush())
         if self.stopped:
             return shown
-        shown, self._held = shown + self._held, ""
-        return shown
+        held, self._held = self._held, ""
+        self.shown += len(held)
+        return shown + held
 
     def _show(self, piece: str) -> str:
-        if not self._stop:
-            return piece
+        self.produced += len(piece)
         text = self._held + piece
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        cut, self._held = len(text), ""
+        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._held = ""
-            return text[: min(found)]
-        hold = max(self._overlap(text, stop) for stop in self._stop)
-        cut = len(text) - hold
-        self._held = text[cut:]
+            at, length = min(found)
+            cut = at + length if self._include_stop else at
+        elif self._stop:
+            cut -= max(self._overlap(text, stop) for stop in self._stop)
+            self._held = text[cut:]
+        self.shown += cut
         return text[:cut]
 
     @staticmethod

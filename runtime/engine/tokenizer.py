@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from runtime.engine.errors import ContextLengthExceeded, InvalidRequest
 from runtime.engine.template import ChatTemplate, TemplateLimits, TemplateRefused
+from runtime.engine.text import REPLACEMENT
 from security.manifest import ModelFiles
 
 __all__ = [
@@ -42,6 +44,25 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+# How byte fallback names a byte.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """The alphabet of byte-level BPE (Radford et al., 2019): a printable letter for each byte.
+
+    Printable bytes of Latin-1 stand for themselves, the others for what follows U+0100 in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTES_OF_LETTERS = _letters_of_bytes()
 
 
 class TokenizerError(ValueError):
@@ -101,6 +122,7 @@ class Tokenizer:
             for name, value in loaded.special_tokens_map.items()
             if isinstance(value, str | list)
         }
+        self._token_bytes: dict[int, bytes] = {}
         self._template = None if source is None else ChatTemplate(source, special, template_limits)
 
     def close(self) -> None:
@@ -139,6 +161,31 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Text of some tokens; special tokens have none, unknown ids neither."""
         return str(self._backend.decode(token_ids, skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for by itself, in UTF-8: part of a character, for some.
+
+        A special token stands for its name, an unknown id for nothing.
+        """
+        if token not in self._token_bytes:
+            self._token_bytes[token] = self._bytes_of(token)
+        return self._token_bytes[token]
+
+    def _bytes_of(self, token: int) -> bytes:
+        name = self._backend.id_to_token(token)
+        if name is None:
+            return b""
+        # The second of two: decoders drop a space at the very start.
+        once, twice = self.decode([token]), self.decode([token, token])
+        if not twice:
+            return name.encode()
+        if REPLACEMENT not in twice:
+            return twice[len(once) :].encode()
+        if byte := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(byte[1])
+        if all(letter in _BYTES_OF_LETTERS for letter in name):
+            return bytes(_BYTES_OF_LETTERS[letter] for letter in name)
+        return name.encode()
 
     def render(
         self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None
@@ -180,6 +227,10 @@ class TokenIdsOnly:
     def decode(self, token_ids: list[int]) -> str:
         """The ids as decimal numbers."""
         return "".join(f"{token} " for token in token_ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """As `decode` shows it."""
+        return self.decode([token]).encode()
 
     def render(
         self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None

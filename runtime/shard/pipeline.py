@@ -1,10 +1,14 @@
 """The data plane of one shard: its two links and its worker threads, one set per epoch.
 
 The stages form a ring: stage i sends its output to stage i + 1, the last stage sends the sampled
-token ids to the head. An `Epoch` lives from a roster to the first fault. Whatever goes wrong (a
-link breaks, a frame does not decode, a value is not finite, a peer is silent beyond the step
-deadline) ends the epoch as a whole: both links close, which the neighbours notice, and the shard
-asks the broker for a new epoch. Nothing is repaired inside an epoch, so no state can be half right.
+token ids to the head. Before the first step one frame goes around it, in which each stage lowers
+the number of cache blocks to what it has. On the link from last stage to head, how tokens are to be
+drawn goes the other way (`runtime.shard.admissions`).
+
+An `Epoch` lives from a roster to the first fault. Whatever goes wrong (a link breaks, a frame does
+not decode, a value is not finite, a peer is silent beyond the step deadline) ends the epoch as a
+whole: both links close, which the neighbours notice, and the shard asks the broker for a new epoch.
+Nothing is repaired inside an epoch, so no state can be half right.
 
 Reading, computing and writing each have a thread: AES-GCM and torch release the GIL.
 """
@@ -17,8 +21,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,14 +30,24 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from placement.plan import PlanTemplate, RoleTemplate
 from runtime.engine.runner import PipelineBroken, check_result
+from runtime.shard.admissions import AdmissionQueue
 from runtime.stage.errors import StageError
 from runtime.stage.stage import StageRunner
+from security.channel.admission import (
+    Admission,
+    decode_admissions,
+    encode_admissions,
+    max_admission_bytes,
+)
 from security.channel.frame import (
+    CAPACITY_BYTES,
     FrameLimits,
     StepHeader,
     StepResult,
+    decode_capacity,
     decode_result,
     decode_step,
+    encode_capacity,
     encode_result,
     encode_step,
 )
@@ -43,18 +57,31 @@ from security.roster import Roster
 
 log = logging.getLogger("bulkhead.shard")
 
-# How long one attempt to bring up both links of an epoch may take. A peer that has just been
+# How long one attempt to bring up both links of an epoch may take, and then the frame that goes
+# around the ring. A peer that has just been
 # restarted has loaded its weights before it watches for rosters, so this covers networks only.
 OPEN_DEADLINE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step on its way through a shard: the head's carries token ids, the others' a tensor."""
+    """One step on its way through a shard: the head's carries token ids, the others' a tensor.
+
+    The head's carries admissions, too, where the head is the last stage.
+    """
 
     header: StepHeader
     token_ids: list[int] | None
     hidden_TD: torch.Tensor | None
+    admissions: tuple[Admission, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """What the head expects an answer to: a step, and the logprobs asked for of its tokens."""
+
+    header: StepHeader
+    asked: list[int | None]
 
 
 class TooManySteps(SecurityError):
@@ -113,8 +140,11 @@ class Epoch:
         self._private_key = private_key
         self._on_open = on_open
         self._on_fault = on_fault
-        self._limits = frame_limits(template)
+        self._plan_limits = frame_limits(template)
+        self._limits = replace(self._plan_limits, cache_blocks=stage.cache_blocks)
         self._count = len(template.roles)
+        self._is_head = role.stage == 0
+        self._is_last = role.stage == self._count - 1
         self._lock = threading.Lock()
         self._closed = False
         self._opened = threading.Event()
@@ -124,7 +154,15 @@ class Epoch:
         self._inbox: queue.SimpleQueue[_Step | _End] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[bytes | memoryview] | _End] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | _End] = queue.SimpleQueue()
-        self._submitted: deque[StepHeader] = deque()  # the engine's thread only
+        self._admissions_out: queue.SimpleQueue[bytes | _End] = queue.SimpleQueue()
+        self._admissions_in = AdmissionQueue(
+            steps_in_flight(self._count), template.step_deadline_ms / 1000
+        )
+        self._agreed = threading.Event()
+        self._cache_blocks = stage.cache_blocks
+        # The engine's thread only.
+        self._submitted: deque[_Submitted] = deque()
+        self._asked: dict[int, int | None] = {}  # by slot
         self._threads: list[threading.Thread] = []
 
     # -- life ---------------------------------------------------------------------------------
@@ -138,6 +176,11 @@ class Epoch:
     def broken(self) -> bool:
         """A fault or `close` has ended it."""
         return self._closed
+
+    @property
+    def cache_blocks(self) -> int:
+        """Cache blocks that every stage has, once the epoch is open; at the head only."""
+        return self._cache_blocks
 
     def open(self) -> None:
         """Starts to bring up the links; returns at once."""
@@ -164,9 +207,12 @@ class Epoch:
         self._abandon.set()
         for link in links:
             link.close()
+        self._agreed.set()
         self._inbox.put(_END)
         self._outbox.put(_END)
         self._results.put(_END)
+        self._admissions_out.put(_END)
+        self._admissions_in.close()
         return True
 
     def fail(self, reason: str, error: Exception | None = None) -> None:
@@ -213,17 +259,32 @@ class Epoch:
             accepting.start()
             self._connect(after, deadline)
             accepting.join()
-        receive = self._receive_results if self._role.stage == 0 else self._receive_steps
+        self._start()
+        if self._count > 1 and not self._agreed.wait(OPEN_DEADLINE_S):
+            self.fail(f"no capacity frame came within {OPEN_DEADLINE_S:.0f} s: a peer hangs")
+        with self._lock:
+            if self._closed:
+                return
+            self._opened.set()
+        self._on_open(self)
+
+    def _start(self) -> None:
         # Under the lock, so that `close` either prevents these threads or waits for them.
         with self._lock:
             if self._closed:
                 return
             self._spawn("compute", self._compute)
-            if self._count > 1:
-                self._spawn("send", self._send)
-                self._spawn("receive", receive)
-            self._opened.set()
-        self._on_open(self)
+            if self._count == 1:
+                return
+            self._spawn("send", self._send)
+            if self._is_head:
+                self._outbox.put([encode_capacity(self._cache_blocks)])
+                self._spawn("receive", self._receive_results)
+                self._spawn("admit", self._send_admissions)
+            else:
+                self._spawn("receive", self._receive_steps)
+            if self._is_last:
+                self._spawn("admit", self._receive_admissions)
 
     def _keys(self, peer: str) -> LinkKeys:
         return LinkKeys(self._private_key, self.roster.entry(peer).shard_key)
@@ -263,8 +324,16 @@ class Epoch:
 
     # -- threads ------------------------------------------------------------------------------
 
+    def _receive_capacity(self) -> int:
+        """Blocks that all stages before this one have; for the head, all stages."""
+        assert self._upstream is not None
+        return decode_capacity(self._upstream.receive(CAPACITY_BYTES), self._plan_limits)
+
     def _receive_steps(self) -> None:
         assert self._upstream is not None
+        blocks = min(self._receive_capacity(), self._stage.cache_blocks)
+        self._outbox.put([encode_capacity(blocks)])
+        self._agreed.set()
         limit = self._limits.max_step_bytes
         dtype = getattr(torch, self._template.dtype)
         while True:
@@ -277,6 +346,8 @@ class Epoch:
 
     def _receive_results(self) -> None:
         assert self._upstream is not None
+        self._cache_blocks = min(self._receive_capacity(), self._stage.cache_blocks)
+        self._agreed.set()
         while True:
             message = self._upstream.receive(self._limits.max_result_bytes)
             self._check_room(self._results.qsize())
@@ -293,9 +364,23 @@ class Epoch:
         while not isinstance(parts := self._outbox.get(), _End):
             self._downstream.send(parts)
 
+    def _send_admissions(self) -> None:
+        # The link that results come on; nobody else sends there.
+        assert self._upstream is not None
+        while not isinstance(frame := self._admissions_out.get(), _End):
+            self._upstream.send([frame])
+
+    def _receive_admissions(self) -> None:
+        # The link that results go out on; nobody else receives there.
+        assert self._downstream is not None
+        limit = max_admission_bytes(self._limits)
+        while True:
+            self._admissions_in.put(
+                *decode_admissions(self._downstream.receive(limit), self._limits)
+            )
+
     def _compute(self) -> None:
         self._stage.reset()
-        last = self._role.stage == self._count - 1
         expected = 0
         while not isinstance(step := self._inbox.get(), _End):
             if self._closed:
@@ -308,22 +393,32 @@ class Epoch:
             hidden_TD = self._stage.forward(
                 header, hidden_TD=step.hidden_TD, token_ids=step.token_ids
             )
-            if not last:
+            if not self._is_last:
                 head = encode_step(header, self._template.dtype, self._template.hidden_size)
                 self._outbox.put([head, tensor_bytes(hidden_TD)])
                 continue
-            result = StepResult(header.step, tuple(self._stage.sample(header, hidden_TD)))
-            if self._count == 1:
+            admissions = step.admissions if self._is_head else self._admissions_in.take(header)
+            self._stage.admit(admissions)
+            result = self._stage.sample(header, hidden_TD)
+            if self._is_head:
                 self._results.put(result)
             else:
                 self._outbox.put([encode_result(result)])
 
     # -- the head's side ----------------------------------------------------------------------
 
-    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
-        """Hands a step to stage 0."""
-        self._submitted.append(header)
-        self._inbox.put(_Step(header, token_ids, None))
+    def submit(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission]
+    ) -> None:
+        """Hands a step to stage 0, and to the last stage what it needs to sample it."""
+        for admission in admissions:
+            self._asked[admission.slot] = admission.parameters.logprobs
+        asked = [self._asked[s.slot] for s in header.sequences if s.sampled]
+        self._submitted.append(_Submitted(header, asked))
+        if admissions and not self._is_last:
+            self._admissions_out.put(encode_admissions(header.step, admissions))
+        own = tuple(admissions) if self._is_last else ()
+        self._inbox.put(_Step(header, token_ids, None, own))
 
     def result(self, timeout_s: float) -> StepResult:
         """The next result; raises PipelineBroken when the epoch ended or the deadline passed."""
@@ -335,7 +430,8 @@ class Epoch:
         if isinstance(result, _End):
             raise PipelineBroken("the epoch ended")
         try:
-            check_result(self._submitted.popleft(), result, self._template.vocabulary)
+            submitted = self._submitted.popleft()
+            check_result(submitted.header, result, self._template.vocabulary, submitted.asked)
         except PipelineBroken as error:
             self.fail(f"the last stage's answer does not fit: {error}", error)
             raise
@@ -343,8 +439,8 @@ class Epoch:
 
 
 def steps_in_flight(stages: int) -> int:
-    """One step at each stage, and one on the way back."""
-    return stages + 1 if stages > 1 else 1
+    """One step at each stage, and one more: on the way back, or scheduled ahead."""
+    return stages + 1
 
 
 def tensor_bytes(hidden_TD: torch.Tensor) -> memoryview:
@@ -362,7 +458,7 @@ class HeadRunner:
 
     def __init__(self, template: PlanTemplate) -> None:
         self.depth = steps_in_flight(len(template.roles))
-        self.cache_blocks = template.cache_blocks
+        self._plan_blocks = template.cache_blocks
         self._deadline_s = template.step_deadline_ms / 1000
         self._changed = threading.Condition()
         self._newest: Epoch | None = None
@@ -375,12 +471,19 @@ class HeadRunner:
                 self._newest = epoch
                 self._changed.notify_all()
 
-    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks that every stage has in the adopted epoch; the plan's before the first."""
+        return self._plan_blocks if self._adopted is None else self._adopted.cache_blocks
+
+    def submit(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission]
+    ) -> None:
         """Starts a step. Raises PipelineBroken when the adopted epoch ended."""
         epoch = self._adopted
         if epoch is None or not epoch.healthy:
             raise PipelineBroken("no healthy epoch")
-        epoch.submit(header, token_ids)
+        epoch.submit(header, token_ids, admissions)
 
     def result(self, timeout: float) -> StepResult:
         """The result of the oldest step in flight, within the step deadline at most."""

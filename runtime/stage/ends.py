@@ -12,9 +12,10 @@ from runtime.stage.errors import StepRefused
 from runtime.stage.families import DecoderParts
 from runtime.stage.native.library import Team
 from runtime.stage.native.stack import PackedLinear
-from runtime.stage.sampler import sample
+from runtime.stage.sampler import Draw, Sampler
 from runtime.stage.settings import StageSettings
-from security.channel.frame import StepHeader
+from security.channel.admission import Admission
+from security.channel.frame import StepHeader, StepResult
 
 __all__ = ["Ends"]
 
@@ -42,6 +43,7 @@ class Ends:
         self._embedding: nn.Module | None = None
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
+        self._sampler = Sampler()
         self._packed: PackedLinear | None = None
         # The head's weight, where the embedding has it too: each step's rows are taken from it.
         self._shared: PackedLinear | None = None
@@ -105,18 +107,29 @@ class Ends:
         logits_SV: torch.Tensor = self._head(normed_SD)
         return self._parts.scale_logits(logits_SV).float()
 
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Takes sequences into their slots; last stage only."""
+        for admission in admissions:
+            self._sampler.admit(admission)
+
+    def reset(self) -> None:
+        """Forgets the sequences in all slots."""
+        self._sampler.reset()
+
     @torch.inference_mode()
-    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> tuple[int, ...]:
-        """One token id per sequence that asks for one, in the order of the header."""
-        rows, parameters, positions = [], [], []
+    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> StepResult:
+        """One token id per sequence that is sampled, in the order of the header."""
+        rows: list[int] = []
+        draws: list[Draw] = []
         row = -1
         for sequence in header.sequences:
             row += sequence.count
-            if sequence.sample is not None:
+            if sequence.sampled:
                 rows.append(row)
-                parameters.append(sequence.sample)
-                positions.append(sequence.start + sequence.count)
+                draws.append(Draw(sequence.slot, sequence.start + sequence.count))
         if not rows:
-            return ()
+            return StepResult(header.step, ())
         logits_SV = self.logits(hidden_TD[torch.tensor(rows)])
-        return tuple(sample(logits_SV, parameters, positions))
+        tokens, logprobs = self._sampler.sample(logits_SV, draws)
+        asked = any(entry is not None for entry in logprobs)
+        return StepResult(header.step, tuple(tokens), tuple(logprobs) if asked else ())

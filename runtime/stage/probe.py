@@ -46,7 +46,7 @@ class ShardingProbe:
         generator = torch.Generator().manual_seed(_SEED)
         rows_TD = torch.randn(_ROWS, settings.hidden_size, generator=generator)
         self._rows_1TD = rows_TD.to(self._dtype)[None]
-        self._header = StepHeader(0, (SequenceStep(0, 0, _ROWS, (0,), None),))
+        self._header = StepHeader(0, (SequenceStep(0, 0, _ROWS, (0,), False),))
         layers = range(settings.first_layer, settings.last_layer)
         self._rotations = parts.rotations(layers)
 

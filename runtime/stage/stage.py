@@ -13,7 +13,8 @@ from runtime.stage.errors import NonFinite, StepRefused
 from runtime.stage.layers import Layers, LayerStack
 from runtime.stage.native.stack import NativeLayers, open_team
 from runtime.stage.settings import Progress, StageSettings
-from security.channel.frame import StepHeader
+from security.channel.admission import Admission
+from security.channel.frame import StepHeader, StepResult
 
 if TYPE_CHECKING:
     from security.manifest import ModelFiles
@@ -115,8 +116,17 @@ class StageRunner:
         self._check_places(header)
         return self._layers.forward(header, rows_TD)
 
-    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> tuple[int, ...]:
-        """Token ids, one per sequence that asks for one; last stage only.
+    @property
+    def cache_blocks(self) -> int:
+        """Cache blocks that this stage has, at most the plan's."""
+        return self._settings.cache_blocks
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Takes the sequences that a step admits, before that step is sampled; last stage only."""
+        self._ends.admit(admissions)
+
+    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> StepResult:
+        """Token ids, one per sequence that is sampled; last stage only.
 
         Args:
             header: of the step.
@@ -124,12 +134,14 @@ class StageRunner:
 
         Raises:
             NonFinite: the logits hold a NaN or an infinity.
+            StepRefused: a sequence that was not admitted.
         """
         return self._ends.sample(header, hidden_TD)
 
     def reset(self) -> None:
-        """Empties the cache, for a new epoch."""
+        """Empties the cache and forgets all sequences, for a new epoch."""
         self._layers.reset()
+        self._ends.reset()
 
     def close(self) -> None:
         """Ends rank processes and lets go of the weights; may be called twice."""

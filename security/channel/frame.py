@@ -1,24 +1,32 @@
 """What stages say to each other in a step: versioned, bounded, little-endian binary frames.
 
-A *step frame* is a header (which sequences, which positions, which cache blocks, how to sample)
-followed by the raw hidden states, row-major `[tokens, hidden_size]`. A *result frame* carries the
-sampled token ids back to the head. Neither is trusted: a decoder checks every field against the
-limits of the signed plan before anything is allocated or indexed, and raises a `FrameError`.
+A *step frame* is a header (which sequences, which positions, which cache blocks) followed by the
+raw hidden states, row-major `[tokens, hidden_size]`. A *result frame* carries the sampled token ids
+back to the head. A *capacity frame* goes around the ring once, before the first step. How tokens
+are drawn is not in the header, which every stage reads: see `security.channel.admission`. No frame
+is trusted: a decoder checks every field against the limits of the signed plan before anything is
+allocated or indexed, and raises a `FrameError`.
 
 Step frame:
 
-    u16 magic | u8 version | u8 dtype | u32 hidden_size | u64 step | u32 sequences
-    u32 sampled | u32 blocks | u32 zero
-    sequences x (u32 slot | u32 start | u32 count | u32 blocks | u32 sampled, 0 or 1)
-    sampled   x (f64 temperature | f64 top_p | u32 top_k | u64 seed)
+    u16 magic | u8 version | u8 dtype | u32 hidden_size | u64 step | u32 sequences | u32 blocks
+    sequences x (u32 slot | u32 start | u32 count | u32 blocks | u32 flags)
     blocks    x u32 block id
     zero bytes up to a multiple of 64
     tokens x hidden_size x itemsize bytes, native dtype
 
+    flags: 1 the sequence is sampled, 2 it is admitted to its slot by this step
+
 Result frame:
 
     u16 magic | u8 version | u8 zero | u32 tokens | u64 step
-    tokens x u32 token id
+    tokens x (u32 token id | u32 logprobs: 0 for none, otherwise 1 + alternatives)
+    for each token with logprobs:
+        f64 its logprob | alternatives x (u32 token id | f64 logprob), likeliest first
+
+Capacity frame:
+
+    u16 magic | u8 version | u8 zero | u32 cache blocks
 """
 
 import math
@@ -29,39 +37,54 @@ from typing import ClassVar, Final, TypeAlias
 from security.errors import SecurityError
 
 __all__ = [
+    "CAPACITY_BYTES",
     "ITEM_BYTES",
+    "MAX_ALTERNATIVES",
     "BytesLike",
     "FrameError",
     "FrameLimits",
     "FrameMalformed",
     "FrameOutOfBounds",
     "FrameUnsupported",
-    "SamplingParameters",
     "SequenceStep",
     "StepHeader",
     "StepResult",
+    "TokenLogprobs",
+    "decode_capacity",
     "decode_result",
     "decode_step",
+    "encode_capacity",
     "encode_result",
     "encode_step",
 ]
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
-VERSION: Final = 1
+VERSION: Final = 2
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_ALTERNATIVES: Final = 20
+"""Most alternatives to a token whose logprobs a result tells, as in OpenAI's `top_logprobs`."""
 
 _STEP_MAGIC: Final = 0x5342
 _RESULT_MAGIC: Final = 0x5242
 _DTYPE_CODES: Final = {"float32": 1, "bfloat16": 2, "float16": 3}
 _DTYPE_NAMES: Final = {code: name for name, code in _DTYPE_CODES.items()}
-_STEP: Final = struct.Struct("<HBBIQIIII")
+_CAPACITY_MAGIC: Final = 0x4342
+_STEP: Final = struct.Struct("<HBBIQII")
 _SEQUENCE: Final = struct.Struct("<IIIII")
-_SAMPLE: Final = struct.Struct("<ddIQ")
+_SAMPLED: Final = 1
+_ADMITTED: Final = 2
 _RESULT: Final = struct.Struct("<HBBIQ")
+_TOKEN: Final = struct.Struct("<II")
+_LOGPROB: Final = struct.Struct("<d")
+_ALTERNATIVE: Final = struct.Struct("<Id")
+_CAPACITY: Final = struct.Struct("<HBBI")
 _ID_BYTES: Final = 4
 # Rows start where vector loads of any width are aligned.
 _ALIGNMENT: Final = 64
+
+CAPACITY_BYTES: Final = _CAPACITY.size
+"""Length of a capacity frame: the bound for `Link.receive`."""
 
 
 class FrameError(SecurityError):
@@ -89,26 +112,14 @@ class FrameOutOfBounds(FrameError):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """How the last stage draws the next token of a sequence.
-
-    `temperature` 0 is greedy; `top_p` is in (0, 1]; `top_k` 0 means no limit, otherwise it is at
-    most the vocabulary; `seed` is an unsigned 64-bit number.
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceStep:
     """The part of one sequence in a step: positions `[start, start + count)`.
 
     `slot` names the sequence in every stage. `blocks` is its whole block table, in order of
-    position, covering at least `start + count` positions. `sample` is None while more of the
-    prompt is still to come; otherwise the last row is sampled, as position `start + count`.
+    position, covering at least `start + count` positions. `sampled` is False while more of the
+    prompt is still to come; otherwise a token is drawn from the last row, for position
+    `start + count`. `admitted` marks the first step of a sequence in its slot: whatever the last
+    stage knew of that slot is replaced by the `Admission` that comes with the step.
 
     A block may be in the tables of several sequences where each of them only reads it: where it
     ends at or before the `start` of each. Every other block is in one table of the step.
@@ -118,7 +129,8 @@ class SequenceStep:
     start: int
     count: int
     blocks: tuple[int, ...]
-    sample: SamplingParameters | None
+    sampled: bool
+    admitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +148,37 @@ class StepHeader:
     @property
     def sampled(self) -> int:
         """Token ids that the last stage answers with."""
-        return sum(sequence.sample is not None for sequence in self.sequences)
+        return sum(sequence.sampled for sequence in self.sequences)
+
+    @property
+    def admitted(self) -> tuple[int, ...]:
+        """Slots of the sequences that the step admits, in the order of the header."""
+        return tuple(sequence.slot for sequence in self.sequences if sequence.admitted)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of a token: natural logarithms of its raw distribution.
+
+    Raw means before temperature, penalties, bias and limits. `chosen` is of the token that was
+    drawn; `alternatives` are the likeliest (token id, logprob), in order, whether drawn or not.
+    """
+
+    chosen: float
+    alternatives: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The token ids drawn in a step: one per sampled sequence, in the order of the header."""
+    """The token ids drawn in a step: one per sampled sequence, in the order of the header.
+
+    `logprobs` has an entry per token, None where its sequence did not ask; it is empty where no
+    sequence of the step asked.
+    """
 
     step: int
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +224,14 @@ class FrameLimits:
         """The longest step frame that these limits allow: the bound for `Link.receive`."""
         # Sequences may share blocks, so that tables together may be longer than the cache.
         table = self.max_table_blocks * _ID_BYTES
-        header = _STEP.size + self.max_sequences * (_SEQUENCE.size + _SAMPLE.size + table)
+        header = _STEP.size + self.max_sequences * (_SEQUENCE.size + table)
         return _aligned(header) + self.max_tokens * self.hidden_size * ITEM_BYTES[self.dtype]
 
     @property
     def max_result_bytes(self) -> int:
         """The longest result frame that these limits allow: the bound for `Link.receive`."""
-        return _RESULT.size + self.max_sequences * _ID_BYTES
+        token = _TOKEN.size + _LOGPROB.size + MAX_ALTERNATIVES * _ALTERNATIVE.size
+        return _RESULT.size + self.max_sequences * token
 
 
 def encode_step(header: StepHeader, dtype: str, hidden_size: int) -> bytes:
@@ -208,7 +243,6 @@ def encode_step(header: StepHeader, dtype: str, hidden_size: int) -> bytes:
     if dtype not in _DTYPE_CODES:
         raise FrameUnsupported(f"dtype: expected one of {sorted(_DTYPE_CODES)}, found {dtype!r}")
     sequences = header.sequences
-    samples = [sequence.sample for sequence in sequences if sequence.sample is not None]
     blocks = [block for sequence in sequences for block in sequence.blocks]
     try:
         encoded = b"".join(
@@ -220,9 +254,7 @@ def encode_step(header: StepHeader, dtype: str, hidden_size: int) -> bytes:
                     hidden_size,
                     header.step,
                     len(sequences),
-                    len(samples),
                     len(blocks),
-                    0,
                 ),
                 *(
                     _SEQUENCE.pack(
@@ -230,13 +262,9 @@ def encode_step(header: StepHeader, dtype: str, hidden_size: int) -> bytes:
                         sequence.start,
                         sequence.count,
                         len(sequence.blocks),
-                        sequence.sample is not None,
+                        _SAMPLED * sequence.sampled | _ADMITTED * sequence.admitted,
                     )
                     for sequence in sequences
-                ),
-                *(
-                    _SAMPLE.pack(sample.temperature, sample.top_p, sample.top_k, sample.seed)
-                    for sample in samples
                 ),
                 struct.pack(f"<{len(blocks)}I", *blocks),
             ]
@@ -253,35 +281,23 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
     `tokens * hidden_size * itemsize` bytes, row-major. Raises FrameMalformed, FrameUnsupported or
     FrameOutOfBounds; finiteness of the rows is the stage's to check.
     """
-    view = _bytes_of(message)
+    view = bytes_of(message)
     if len(view) < _STEP.size:
         raise FrameMalformed(f"step frame: expected at least {_STEP.size} bytes, found {len(view)}")
-    (
-        magic,
-        version,
-        dtype_code,
-        hidden_size,
-        step,
-        sequence_count,
-        sample_count,
-        block_count,
-        zero,
-    ) = _STEP.unpack_from(view)
-    _check_start("step", magic, _STEP_MAGIC, version)
-    if zero:
-        raise FrameMalformed("step frame: reserved bytes are not zero")
+    magic, version, dtype_code, hidden_size, step, sequence_count, block_count = _STEP.unpack_from(
+        view
+    )
+    check_start("step", magic, _STEP_MAGIC, version)
     dtype = _DTYPE_NAMES.get(dtype_code)
     if dtype != limits.dtype:
         raise FrameUnsupported(
             f"step {step}: expected dtype {limits.dtype}, found {dtype or dtype_code}"
         )
-    _within("hidden_size", hidden_size, limits.hidden_size, limits.hidden_size)
-    _within("sequences", sequence_count, 1, limits.max_sequences)
-    _within("sampled sequences", sample_count, 0, sequence_count)
-    _within("blocks", block_count, 1, sequence_count * limits.max_table_blocks)
+    within("hidden_size", hidden_size, limits.hidden_size, limits.hidden_size)
+    within("sequences", sequence_count, 1, limits.max_sequences)
+    within("blocks", block_count, 1, sequence_count * limits.max_table_blocks)
 
-    samples_at = _STEP.size + sequence_count * _SEQUENCE.size
-    blocks_at = samples_at + sample_count * _SAMPLE.size
+    blocks_at = _STEP.size + sequence_count * _SEQUENCE.size
     padding_at = blocks_at + block_count * _ID_BYTES
     rows_at = _aligned(padding_at)
     if len(view) < rows_at:
@@ -296,46 +312,39 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
         raise FrameOutOfBounds(
             f"step {step}: expected block ids below {limits.cache_blocks}, found {max(blocks)}"
         )
-    samples = iter(
-        [
-            _checked_sample(fields, limits)
-            for fields in _SAMPLE.iter_unpack(view[samples_at:blocks_at])
-        ]
-    )
 
     sequences: list[SequenceStep] = []
     slots: set[int] = set()
-    used_blocks = used_samples = 0
-    for slot, start, count, table_length, sampled in _SEQUENCE.iter_unpack(
-        view[_STEP.size : samples_at]
+    used_blocks = 0
+    for slot, start, count, table_length, flags in _SEQUENCE.iter_unpack(
+        view[_STEP.size : blocks_at]
     ):
-        _within("slot", slot, 0, limits.max_sequences - 1)
+        within("slot", slot, 0, limits.max_sequences - 1)
         if slot in slots:
             raise FrameOutOfBounds(f"step {step}: slot {slot} is named twice")
         slots.add(slot)
-        _within("count", count, 1, limits.max_tokens)
-        _within("start + count", start + count, 1, limits.max_context)
-        _within(
+        within("count", count, 1, limits.max_tokens)
+        within("start + count", start + count, 1, limits.max_context)
+        within(
             f"blocks of slot {slot}",
             table_length,
             -(-(start + count) // limits.block_size),
             limits.max_table_blocks,
         )
-        _within("sampled flag", sampled, 0, 1)
-        used_samples += sampled
-        if used_blocks + table_length > block_count or used_samples > sample_count:
+        within("flags", flags, 0, _SAMPLED | _ADMITTED)
+        if used_blocks + table_length > block_count:
             raise FrameMalformed(f"step {step}: sequences claim more than the header announces")
         table = blocks[used_blocks : used_blocks + table_length]
         used_blocks += table_length
         sequences.append(
-            SequenceStep(slot, start, count, table, next(samples) if sampled else None)
+            SequenceStep(slot, start, count, table, bool(flags & _SAMPLED), bool(flags & _ADMITTED))
         )
-    if used_blocks != block_count or used_samples != sample_count:
+    if used_blocks != block_count:
         raise FrameMalformed(f"step {step}: sequences claim less than the header announces")
 
     _check_sharing(step, sequences, limits.block_size)
     header = StepHeader(step, tuple(sequences))
-    _within("tokens", header.tokens, 1, limits.max_tokens)
+    within("tokens", header.tokens, 1, limits.max_tokens)
     expected = header.tokens * hidden_size * ITEM_BYTES[limits.dtype]
     rows = view[rows_at:]
     if len(rows) != expected:
@@ -347,40 +356,88 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
 
 def encode_result(result: StepResult) -> bytes:
     """A result frame. Raises FrameOutOfBounds where a field does not fit its width."""
+    logprobs = result.logprobs or (None,) * len(result.tokens)
+    parts = []
     try:
-        return _RESULT.pack(
-            _RESULT_MAGIC, VERSION, 0, len(result.tokens), result.step
-        ) + struct.pack(f"<{len(result.tokens)}I", *result.tokens)
+        parts.append(
+            _RESULT.pack(_RESULT_MAGIC, VERSION, 0, len(result.tokens), result.step),
+        )
+        for token, logged in zip(result.tokens, logprobs, strict=True):
+            parts.append(_TOKEN.pack(token, 1 + len(logged.alternatives) if logged else 0))
+        for logged in logprobs:
+            if logged is not None:
+                parts.append(_LOGPROB.pack(logged.chosen))
+                parts += [_ALTERNATIVE.pack(*alternative) for alternative in logged.alternatives]
     except struct.error as error:
         raise FrameOutOfBounds(f"result {result.step}: a field does not fit: {error}") from None
+    return b"".join(parts)
 
 
 def decode_result(message: BytesLike, limits: FrameLimits) -> StepResult:
     """Parse and check a result frame.
 
-    Whether the step number and the number of tokens answer a step that was sent is for the caller
-    to compare with the header it sent. Raises a FrameError.
+    Whether the step number, the number of tokens and their logprobs answer a step that was sent is
+    for the caller to compare with what it sent. Raises a FrameError.
     """
-    view = _bytes_of(message)
+    view = bytes_of(message)
     if len(view) < _RESULT.size:
         raise FrameMalformed(
             f"result frame: expected at least {_RESULT.size} bytes, found {len(view)}"
         )
     magic, version, zero, count, step = _RESULT.unpack_from(view)
-    _check_start("result", magic, _RESULT_MAGIC, version)
+    check_start("result", magic, _RESULT_MAGIC, version)
     if zero:
         raise FrameMalformed("result frame: a reserved byte is not zero")
-    _within("tokens", count, 0, limits.max_sequences)
-    expected = _RESULT.size + count * _ID_BYTES
+    within("tokens", count, 0, limits.max_sequences)
+    logprobs_at = _RESULT.size + count * _TOKEN.size
+    if len(view) < logprobs_at:
+        raise FrameMalformed(
+            f"result {step}: expected at least {logprobs_at} bytes, found {len(view)}"
+        )
+    pairs = list(_TOKEN.iter_unpack(view[_RESULT.size : logprobs_at]))
+    expected = logprobs_at
+    for token, logged in pairs:
+        within("token id", token, 0, limits.vocabulary - 1)
+        within("logprobs", logged, 0, 1 + MAX_ALTERNATIVES)
+        if logged:
+            expected += _LOGPROB.size + (logged - 1) * _ALTERNATIVE.size
     if len(view) != expected:
         raise FrameMalformed(f"result {step}: expected {expected} bytes, found {len(view)}")
-    tokens = struct.unpack_from(f"<{count}I", view, _RESULT.size)
-    for token in tokens:
-        _within("token id", token, 0, limits.vocabulary - 1)
-    return StepResult(step, tokens)
+    tokens = tuple(token for token, _ in pairs)
+    if not any(logged for _, logged in pairs):
+        return StepResult(step, tokens)
+    logprobs: list[TokenLogprobs | None] = []
+    at = logprobs_at
+    for _, logged in pairs:
+        end = at + _LOGPROB.size + (logged - 1) * _ALTERNATIVE.size if logged else at
+        logprobs.append(_checked_logprobs(view[at:end], limits) if logged else None)
+        at = end
+    return StepResult(step, tokens, tuple(logprobs))
 
 
-def _bytes_of(message: BytesLike) -> memoryview:
+def encode_capacity(cache_blocks: int) -> bytes:
+    """A capacity frame: the cache blocks that every stage up to here has."""
+    return _CAPACITY.pack(_CAPACITY_MAGIC, VERSION, 0, cache_blocks)
+
+
+def decode_capacity(message: BytesLike, limits: FrameLimits) -> int:
+    """The cache blocks of a capacity frame, at most the plan's. Raises a FrameError."""
+    view = bytes_of(message)
+    if len(view) != _CAPACITY.size:
+        raise FrameMalformed(
+            f"capacity frame: expected {_CAPACITY.size} bytes, found {len(view)}; it comes once, "
+            "before the first step"
+        )
+    magic, version, zero, cache_blocks = _CAPACITY.unpack(view)
+    check_start("capacity", magic, _CAPACITY_MAGIC, version)
+    if zero:
+        raise FrameMalformed("capacity frame: a reserved byte is not zero")
+    within("cache blocks", cache_blocks, 1, limits.cache_blocks)
+    return int(cache_blocks)
+
+
+def bytes_of(message: BytesLike) -> memoryview:
+    """The message as a flat view of bytes."""
     view = memoryview(message)
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
@@ -389,12 +446,14 @@ def _aligned(length: int) -> int:
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
-def _within(name: str, value: int, least: int, most: int) -> None:
+def within(name: str, value: int, least: int, most: int) -> None:
+    """Raises FrameOutOfBounds where a field is outside its bounds."""
     if not least <= value <= most:
         raise FrameOutOfBounds(f"{name}: expected {least} to {most}, found {value}")
 
 
-def _check_start(kind: str, magic: int, expected: int, version: int) -> None:
+def check_start(kind: str, magic: int, expected: int, version: int) -> None:
+    """Raises FrameMalformed for another frame, FrameUnsupported for another version."""
     if magic != expected:
         raise FrameMalformed(f"{kind} frame: expected magic {expected:#06x}, found {magic:#06x}")
     if version != VERSION:
@@ -428,13 +487,16 @@ def _check_sharing(step: int, sequences: list[SequenceStep], block_size: int) ->
         )
 
 
-def _checked_sample(
-    fields: tuple[float, float, int, int], limits: FrameLimits
-) -> SamplingParameters:
-    temperature, top_p, top_k, seed = fields
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise FrameOutOfBounds(f"temperature: expected a finite number >= 0, found {temperature}")
-    if not 0 < top_p <= 1:
-        raise FrameOutOfBounds(f"top_p: expected a number in (0, 1], found {top_p}")
-    _within("top_k", top_k, 0, limits.vocabulary)
-    return SamplingParameters(temperature, top_p, top_k, seed)
+def _checked_logprobs(view: memoryview, limits: FrameLimits) -> TokenLogprobs:
+    (chosen,) = _LOGPROB.unpack_from(view)
+    alternatives = tuple(_ALTERNATIVE.iter_unpack(view[_LOGPROB.size :]))
+    for token, _ in alternatives:
+        within("alternative", token, 0, limits.vocabulary - 1)
+    if len({token for token, _ in alternatives}) != len(alternatives):
+        raise FrameOutOfBounds("alternatives: a token is named twice")
+    values = [chosen, *(logprob for _, logprob in alternatives)]
+    if not all(math.isfinite(value) and value <= 0 for value in values):
+        raise FrameOutOfBounds("logprobs: expected finite numbers of at most 0, found another")
+    if sorted(values[1:], reverse=True) != values[1:]:
+        raise FrameOutOfBounds("alternatives: expected the likeliest first")
+    return TokenLogprobs(chosen, alternatives)

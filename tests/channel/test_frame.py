@@ -10,17 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from security.channel.frame import (
+    CAPACITY_BYTES,
     FrameError,
     FrameLimits,
     FrameMalformed,
     FrameOutOfBounds,
     FrameUnsupported,
-    SamplingParameters,
     SequenceStep,
     StepHeader,
     StepResult,
+    TokenLogprobs,
+    decode_capacity,
     decode_result,
     decode_step,
+    encode_capacity,
     encode_result,
     encode_step,
 )
@@ -35,19 +38,18 @@ LIMITS = FrameLimits(
     dtype="bfloat16",
     vocabulary=100,
 )
-GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
 HEADER = StepHeader(
     7,
     (
-        SequenceStep(slot=2, start=15, count=3, blocks=(5, 0), sample=None),
-        SequenceStep(slot=0, start=32, count=1, blocks=(1, 11, 3), sample=GREEDY),
+        SequenceStep(slot=2, start=15, count=3, blocks=(5, 0), sampled=False, admitted=True),
+        SequenceStep(slot=0, start=32, count=1, blocks=(1, 11, 3), sampled=True),
     ),
 )
 
 
 def _sharing(*others: SequenceStep) -> StepHeader:
     """Slot 1 writes block 3 and reads blocks 5 and 0; the others come before it."""
-    return StepHeader(7, (*others, SequenceStep(1, 33, 2, (5, 0, 3), GREEDY)))
+    return StepHeader(7, (*others, SequenceStep(1, 33, 2, (5, 0, 3), True)))
 
 
 def _message(header: StepHeader, limits: FrameLimits = LIMITS) -> bytes:
@@ -69,17 +71,8 @@ def headers(draw: st.DrawFn) -> StepHeader:
         shared = [common] if start >= 16 and draw(st.booleans()) else []
         own = -(-(start + count) // 16) - len(shared)
         table, blocks = shared + blocks[:own], blocks[own:]
-        sample = draw(
-            st.none()
-            | st.builds(
-                SamplingParameters,
-                temperature=st.floats(0, 10),
-                top_p=st.floats(0, 1, exclude_min=True),
-                top_k=st.integers(0, LIMITS.vocabulary),
-                seed=st.integers(0, 2**64 - 1),
-            )
-        )
-        sequences.append(SequenceStep(slot, start, count, tuple(table), sample))
+        sampled, admitted = draw(st.booleans()), draw(st.booleans())
+        sequences.append(SequenceStep(slot, start, count, tuple(table), sampled, admitted))
     return StepHeader(draw(st.integers(0, 2**64 - 1)), tuple(sequences))
 
 
@@ -96,9 +89,9 @@ def test_steps_round_trip(header: StepHeader) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        _sharing(SequenceStep(0, 32, 1, (5, 0, 7), None)),
-        _sharing(SequenceStep(0, 16, 20, (5, 1, 2), GREEDY)),
-        _sharing(SequenceStep(0, 40, 1, (0, 5, 1), None), SequenceStep(2, 16, 1, (5, 2), None)),
+        _sharing(SequenceStep(0, 32, 1, (5, 0, 7), False)),
+        _sharing(SequenceStep(0, 16, 20, (5, 1, 2), True)),
+        _sharing(SequenceStep(0, 40, 1, (0, 5, 1), False), SequenceStep(2, 16, 1, (5, 2), False)),
     ],
 )
 def test_full_blocks_may_be_read_by_several_sequences(header: StepHeader) -> None:
@@ -106,7 +99,7 @@ def test_full_blocks_may_be_read_by_several_sequences(header: StepHeader) -> Non
 
 
 def test_shared_tables_longer_than_the_cache_fit_the_longest_frame() -> None:
-    tables = [SequenceStep(slot, 48, 10, (0, 1, 2, 3 + slot), GREEDY) for slot in range(4)]
+    tables = [SequenceStep(slot, 48, 10, (0, 1, 2, 3 + slot), True) for slot in range(4)]
     header = StepHeader(2**64 - 1, tuple(tables))
     assert sum(len(table.blocks) for table in tables) > LIMITS.cache_blocks
     message = _message(header)
@@ -122,7 +115,7 @@ def test_checking_a_usual_step_takes_well_under_a_millisecond() -> None:
     header = StepHeader(
         1,
         tuple(
-            SequenceStep(slot, 1023, 1, prefix + tuple(range(at, at + 32)), GREEDY)
+            SequenceStep(slot, 1023, 1, prefix + tuple(range(at, at + 32)), True)
             for slot, at in enumerate(range(32, 32 + 32 * 32, 32))
         ),
     )
@@ -143,19 +136,33 @@ def test_rows_are_a_writable_aligned_view() -> None:
     assert (len(message) - len(rows)) % 64 == 0
 
 
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 99), max_size=4))
-def test_results_round_trip(step: int, tokens: list[int]) -> None:
-    result = StepResult(step, tuple(tokens))
+def test_a_header_counts_what_it_samples_and_admits() -> None:
+    assert (HEADER.tokens, HEADER.sampled, HEADER.admitted) == (4, 1, (2,))
+
+
+@st.composite
+def results(draw: st.DrawFn) -> StepResult:
+    tokens = draw(st.lists(st.integers(0, 99), max_size=4))
+    logprobs: list[TokenLogprobs | None] = []
+    for _ in tokens:
+        ids = draw(st.lists(st.integers(0, 99), max_size=20, unique=True))
+        values = draw(st.lists(st.floats(-1e9, 0), min_size=len(ids), max_size=len(ids)))
+        ranked = tuple(zip(ids, sorted(values, reverse=True), strict=True))
+        logprobs.append(draw(st.none() | st.just(TokenLogprobs(draw(st.floats(-99, 0)), ranked))))
+    asked = any(entry is not None for entry in logprobs)
+    return StepResult(
+        draw(st.integers(0, 2**64 - 1)), tuple(tokens), tuple(logprobs) if asked else ()
+    )
+
+
+@given(results())
+def test_results_round_trip(result: StepResult) -> None:
     assert decode_result(encode_result(result), LIMITS) == result
     assert len(encode_result(result)) <= LIMITS.max_result_bytes
 
 
 def _sequence(**changes: object) -> StepHeader:
     return StepHeader(7, (dataclasses.replace(HEADER.sequences[1], **changes),))
-
-
-def _sample(**changes: object) -> StepHeader:
-    return _sequence(sample=dataclasses.replace(GREEDY, **changes))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ def _sample(**changes: object) -> StepHeader:
             StepHeader(
                 7,
                 (
-                    SequenceStep(1, 0, 1, (5,), None),
+                    SequenceStep(1, 0, 1, (5,), False),
                     dataclasses.replace(HEADER.sequences[1], blocks=(0, 1, 2, 3, 4)),
                 ),
             ),
@@ -190,24 +197,17 @@ def _sample(**changes: object) -> StepHeader:
         (_sequence(blocks=(1, 2, 1)), "named twice for slot 0"),
         (_sequence(blocks=(1, 1, 2)), "named twice for slot 0"),
         # Slot 1 reads blocks 5 and 0; each of the others may write one of them.
-        (_sharing(SequenceStep(0, 15, 1, (5,), None)), "may write is named twice"),
-        (_sharing(SequenceStep(0, 16, 1, (1, 5), None)), "may write is named twice"),
-        (_sharing(SequenceStep(0, 31, 2, (5, 0, 1), None)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 15, 1, (5,), False)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 16, 1, (1, 5), False)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 31, 2, (5, 0, 1), False)), "may write is named twice"),
         # A table longer than its positions: what is not full is the sequence's own.
-        (_sharing(SequenceStep(0, 16, 1, (5, 1, 0), None)), "may write is named twice"),
+        (_sharing(SequenceStep(0, 16, 1, (5, 1, 0), False)), "may write is named twice"),
         # Two writers.
-        (_sharing(SequenceStep(0, 32, 1, (5, 0, 3), None)), "may write is named twice"),
-        (_sample(temperature=-0.1), "temperature"),
-        (_sample(temperature=float("nan")), "temperature"),
-        (_sample(temperature=float("inf")), "temperature"),
-        (_sample(top_p=0.0), "top_p"),
-        (_sample(top_p=1.1), "top_p"),
-        (_sample(top_p=float("nan")), "top_p"),
-        (_sample(top_k=101), "top_k"),
+        (_sharing(SequenceStep(0, 32, 1, (5, 0, 3), False)), "may write is named twice"),
         (
             StepHeader(
                 7,
-                tuple(SequenceStep(slot, 0, 15, (slot,), None) for slot in range(3)),
+                tuple(SequenceStep(slot, 0, 15, (slot,), sampled=False) for slot in range(3)),
             ),
             "tokens",
         ),
@@ -251,8 +251,8 @@ def test_every_truncation_is_refused() -> None:
 
 def test_other_version_dtype_size_and_kind_are_refused() -> None:
     message = bytearray(_message(HEADER))
-    message[2] = 2
-    with pytest.raises(FrameUnsupported, match="version 1, found 2"):
+    message[2] = 1
+    with pytest.raises(FrameUnsupported, match="version 2, found 1"):
         decode_step(message, LIMITS)
     with pytest.raises(FrameUnsupported, match="dtype float16, found bfloat16"):
         decode_step(_message(HEADER), dataclasses.replace(LIMITS, dtype="float16"))
@@ -277,8 +277,8 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
 
 def test_counts_that_contradict_each_other_are_refused() -> None:
     message = bytearray(_message(HEADER))
-    # The first sequence's table length, then its sampled flag.
-    for offset, value in ((32 + 12, 3), (32 + 16, 1), (32 + 20 + 16, 0)):
+    # The first sequence's table length, more and less, and a flag that is none.
+    for offset, value in ((24 + 12, 3), (24 + 12, 1), (24 + 16, 4)):
         changed = bytearray(message)
         struct.pack_into("<I", changed, offset, value)
         with pytest.raises(FrameError):
@@ -288,7 +288,7 @@ def test_counts_that_contradict_each_other_are_refused() -> None:
 @settings(max_examples=300)
 @given(st.binary(max_size=400))
 def test_random_bytes_only_raise_frame_errors(noise: bytes) -> None:
-    for start in (b"", _message(HEADER)[:4], _message(HEADER)[:32]):
+    for start in (b"", _message(HEADER)[:4], _message(HEADER)[:24]):
         with pytest.raises(FrameError):
             decode_step(start + noise, LIMITS)
     with contextlib.suppress(FrameError):
@@ -319,3 +319,68 @@ def test_mutations_are_refused_or_stay_within_limits(
         assert len(set(sequence.blocks)) == len(sequence.blocks)
         assert sequence.slot < LIMITS.max_sequences
         assert sequence.start + sequence.count <= min(64, 16 * len(sequence.blocks))
+
+
+LOGGED = StepResult(1, (5, 6), (None, TokenLogprobs(-1.0, ((6, -0.5), (7, -0.5), (2, -3.0)))))
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "reason"),
+    [
+        (16 + 12, 22, "logprobs: expected 0 to 21"),
+        (16 + 8, 100, "token id"),
+        (32, float("nan"), "at most 0"),
+        (32, 0.1, "at most 0"),
+        (32, float("-inf"), "at most 0"),
+        (40, 100, "alternative"),
+        (40, 7, "named twice"),
+        (44, -0.6, "likeliest first"),
+        (44, float("nan"), "at most 0"),
+    ],
+)
+def test_logprobs_that_cannot_be_are_refused(offset: int, value: float, reason: str) -> None:
+    message = bytearray(encode_result(LOGGED))
+    assert decode_result(message, LIMITS) == LOGGED
+    struct.pack_into("<d" if isinstance(value, float) else "<I", message, offset, value)
+    with pytest.raises(FrameOutOfBounds, match=reason):
+        decode_result(message, LIMITS)
+
+
+def test_results_that_announce_other_logprobs_than_they_hold_are_refused() -> None:
+    whole = encode_result(LOGGED)
+    for announced in (0, 1, 3, 5):
+        message = bytearray(whole)
+        struct.pack_into("<I", message, 16 + 12, announced)
+        with pytest.raises(FrameMalformed):
+            decode_result(message, LIMITS)
+    for length in range(len(whole)):
+        with pytest.raises(FrameError):
+            decode_result(whole[:length], LIMITS)
+
+
+def test_capacity_frames() -> None:
+    for blocks in (1, 12):
+        message = encode_capacity(blocks)
+        assert len(message) == CAPACITY_BYTES
+        assert decode_capacity(message, LIMITS) == blocks
+    for blocks in (0, 13):
+        with pytest.raises(FrameOutOfBounds, match="cache blocks: expected 1 to 12"):
+            decode_capacity(encode_capacity(blocks), LIMITS)
+    message = bytearray(encode_capacity(3))
+    for wrong in (message[:-1], message + b"\0", b""):
+        with pytest.raises(FrameMalformed, match="once, before the first step"):
+            decode_capacity(wrong, LIMITS)
+    for at, error in ((0, FrameMalformed), (2, FrameUnsupported), (3, FrameMalformed)):
+        changed = bytearray(message)
+        changed[at] ^= 1
+        with pytest.raises(error):
+            decode_capacity(changed, LIMITS)
+
+
+def test_a_capacity_frame_in_another_place_is_refused() -> None:
+    with pytest.raises(FrameMalformed):
+        decode_step(encode_capacity(3), LIMITS)
+    with pytest.raises(FrameMalformed):
+        decode_result(encode_capacity(3), LIMITS)
+    with pytest.raises(FrameMalformed, match="before the first step"):
+        decode_capacity(_message(HEADER), LIMITS)

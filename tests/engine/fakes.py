@@ -8,18 +8,19 @@ block shared by two sequences, a skipped or repeated chunk: each changes the out
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from runtime.engine.engine import Engine
 from runtime.engine.request import Chunk, Request
 from runtime.engine.runner import PipelineBroken, check_result
 from runtime.engine.scheduler import EngineLimits
 from runtime.engine.stream import TokenStream
+from security.channel.admission import Admission, SamplingParameters
 from security.channel.frame import (
     FrameLimits,
-    SamplingParameters,
     StepHeader,
     StepResult,
+    TokenLogprobs,
     decode_step,
     encode_step,
 )
@@ -32,13 +33,15 @@ def next_token(tokens: list[int], sampling: SamplingParameters) -> int:
     """The model: a token that depends on every token before it and on the sampling."""
     text = struct.pack(f"<{len(tokens)}I", *tokens)
     if sampling.temperature:
-        text += struct.pack("<ddIQ", *_values(sampling))
+        text += repr(sampling).encode()
     # Printable ASCII, so that fake text is easy to look at.
     return 32 + hashlib.sha256(text).digest()[0] % 94
 
 
-def _values(sampling: SamplingParameters) -> tuple[float, float, int, int]:
-    return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
+def next_logprobs(token: int, wanted: int) -> TokenLogprobs:
+    """The likeliest is the token itself, then come its successors, each less likely."""
+    ranked = tuple(((token + i) % VOCABULARY, -1.0 - i - token / 1000) for i in range(wanted))
+    return TokenLogprobs(-1.0 - token / 1000, ranked)
 
 
 def alone(request: Request) -> list[int]:
@@ -82,10 +85,12 @@ class FakeRunner:
         self.poison: int | None = None
         self.steps: list[StepHeader] = []
         self.submitted = 0
-        self._flying: deque[tuple[StepHeader, tuple[int, ...], bool, float]] = deque()
+        self._flying: deque[tuple[StepHeader, StepResult, list[int | None], bool, float]] = deque()
         self._cache: dict[tuple[int, int], int] = {}
         self._break_next = False
         self.stop_at: int | None = None
+        self.cache_blocks = limits.cache_blocks
+        self._admitted: dict[int, tuple[Admission, list[int]]] = {}
 
     def clock(self) -> float:
         return self.now
@@ -93,8 +98,13 @@ class FakeRunner:
     def break_next(self) -> None:
         self._break_next = True
 
-    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
+    def submit(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission]
+    ) -> None:
         self._fail_if_broken()
+        assert [a.slot for a in admissions] == list(header.admitted)
+        for admission in admissions:
+            self._admitted[admission.slot] = admission, list(admission.output)
         assert header.step == self.submitted
         self.submitted += 1
         self.steps.append(header)
@@ -105,6 +115,7 @@ class FakeRunner:
         assert decode_step(frame, self.frames)[0] == header
         assert all(b < self.cache_blocks for s in header.sequences for b in s.blocks)
         drawn: list[int] = []
+        asked: list[int | None] = []
         at = 0
         size = self.limits.block_size
         for s in header.sequences:
@@ -113,18 +124,34 @@ class FakeRunner:
             for position in range(s.start, s.start + s.count):
                 self._cache[s.blocks[position // size], position % size] = token_ids[at]
                 at += 1
-            if s.sample is not None:
+            assert s.admitted == (s.slot in header.admitted)
+            admission, output = self._admitted[s.slot]
+            if s.sampled:
                 seen = [
                     self._cache[s.blocks[p // size], p % size] for p in range(s.start + s.count)
                 ]
-                drawn.append(next_token(seen, s.sample))
+                sampling = admission.parameters
+                # The last stage's own count of what penalties depend on is the sequence's.
+                if sampling.counts_output:
+                    assert output == seen[admission.first :]
+                if sampling.counts_prompt:
+                    assert list(admission.prompt) == seen[: admission.first]
+                drawn.append(next_token(seen, sampling))
+                output.append(drawn[-1])
+                asked.append(sampling.logprobs)
         poisoned = self.poison is not None and self.poison in token_ids
+        logprobs = [
+            None if wanted is None else next_logprobs(token, wanted)
+            for token, wanted in zip(drawn, asked, strict=True)
+        ]
+        told = tuple(logprobs) if any(logprobs) else ()
+        result = StepResult(header.step, tuple(drawn), told)
         self._free_at = max(self.now, self._free_at) + max(self.step_s, self.row_s * header.tokens)
-        self._flying.append((header, tuple(drawn), poisoned, self._free_at))
+        self._flying.append((header, result, asked, poisoned, self._free_at))
 
     def result(self, timeout: float) -> StepResult:
         self._fail_if_broken()
-        header, tokens, poisoned, ready_at = self._flying.popleft()
+        header, result, asked, poisoned, ready_at = self._flying.popleft()
         self.now = max(self.now, ready_at)
         if header.step == self.stop_at:
             # Breaks, and stays down until it is told to come up.
@@ -133,8 +160,7 @@ class FakeRunner:
             self._break_next = False
             self.up = False
             self._fail_if_broken()
-        result = StepResult(header.step, tokens)
-        check_result(header, result, self.limits.vocabulary)
+        check_result(header, result, self.limits.vocabulary, asked)
         return result
 
     def wait_ready(self, timeout: float) -> bool:
@@ -144,12 +170,14 @@ class FakeRunner:
             self.submitted = 0
             self._flying.clear()
             self._cache.clear()
+            self._admitted.clear()
         return self.up
 
     def _fail_if_broken(self) -> None:
         if not self.up:
             self._flying.clear()
             self._cache.clear()
+            self._admitted.clear()
             raise PipelineBroken("fake")
 
 
@@ -163,6 +191,9 @@ class Characters:
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(chr(token) for token in token_ids if token >= 32)
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"<%d>" % token if token < 32 else bytes([token])
 
     def render(
         self, messages: list[dict[str, object]], arguments: Mapping[str, object] | None = None

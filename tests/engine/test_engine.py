@@ -14,7 +14,7 @@ from runtime.engine.errors import (
 from runtime.engine.request import FinishReason, Request
 from runtime.engine.runner import PipelineBroken, Recovery, check_result
 from runtime.engine.scheduler import EngineLimits
-from security.channel.frame import SequenceStep, StepHeader, StepResult
+from security.channel.frame import SequenceStep, StepHeader, StepResult, TokenLogprobs
 from tests.engine.fakes import (
     GREEDY,
     Characters,
@@ -310,7 +310,7 @@ def test_a_receiver_that_is_gone_harms_nobody():
 def test_a_fault_of_the_engine_fails_requests_and_is_reported(caplog):
     engine, runner = make(limits())
 
-    def broken(header, token_ids):
+    def broken(header, token_ids, admissions):
         raise ZeroDivisionError("".join(map(chr, token_ids)))
 
     runner.submit = broken
@@ -349,10 +349,32 @@ def test_stopping_fails_open_requests_and_ends_the_thread():
     [StepResult(8, (1,)), StepResult(7, ()), StepResult(7, (1, 2)), StepResult(7, (128,))],
 )
 def test_results_that_do_not_fit_their_step_break_the_pipeline(result):
-    header = StepHeader(7, (SequenceStep(0, 0, 3, (0,), GREEDY), SequenceStep(1, 0, 1, (1,), None)))
-    check_result(header, StepResult(7, (127,)), 128)
+    check_result(HEADER, StepResult(7, (127,)), 128, [None])
     with pytest.raises(PipelineBroken):
-        check_result(header, result, 128)
+        check_result(HEADER, result, 128, [None])
+
+
+HEADER = StepHeader(7, (SequenceStep(0, 0, 3, (0,), True), SequenceStep(1, 0, 1, (1,), False)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "entry"),
+    [
+        (None, TokenLogprobs(-1.0, ())),
+        (0, None),
+        (0, TokenLogprobs(-1.0, ((3, -1.0),))),
+        (2, TokenLogprobs(-1.0, ((3, -1.0),))),
+    ],
+)
+def test_results_with_other_logprobs_than_asked_break_the_pipeline(asked, entry):
+    with pytest.raises(PipelineBroken, match="logprobs"):
+        check_result(HEADER, StepResult(7, (1,), (entry,) if entry else ()), 128, [asked])
+    fitting = TokenLogprobs(-1.0, tuple((token, -1.0) for token in range(asked or 0)))
+    told = () if asked is None else (fitting,)
+    check_result(HEADER, StepResult(7, (1,), told), 128, [asked])
+    # A vocabulary may be smaller than what is asked for.
+    whole = TokenLogprobs(-1.0, ((0, -0.1), (1, -3.0)))
+    check_result(HEADER, StepResult(7, (1,), (whole,)), 2, [5])
 
 
 def test_the_fake_notices_a_wrong_block():

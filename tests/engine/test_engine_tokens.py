@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from runtime.engine.runner import PipelineBroken, Recovery, check_result
 from runtime.engine.scheduler import EngineLimits
 from runtime.stage.settings import StageSettings
 from runtime.stage.stage import StageRunner
+from security.channel.admission import Admission
 from security.channel.frame import StepHeader, StepResult
 from security.manifest import ModelFiles, build_manifest
 from tests.engine.fakes import GREEDY, Characters, Reader, run_here
@@ -45,7 +46,7 @@ class StageRing:
         self.depth = len(stages) + 1
         self.cache_blocks = LIMITS.cache_blocks
         self.steps: list[StepHeader] = []
-        self._flying: deque[tuple[StepHeader, list[int]]] = deque()
+        self._flying: deque[tuple[StepHeader, list[int], Sequence[Admission]]] = deque()
         self._up = False
         self._seconds = itertools.count()
 
@@ -53,21 +54,24 @@ class StageRing:
         """Every look takes a second, so that chunks do not depend on the machine."""
         return float(next(self._seconds))
 
-    def submit(self, header: StepHeader, token_ids: list[int]) -> None:
+    def submit(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission]
+    ) -> None:
         if not self._up:
             raise PipelineBroken("down")
         self.steps.append(header)
-        self._flying.append((header, token_ids))
+        self._flying.append((header, token_ids, admissions))
 
     def result(self, timeout: float) -> StepResult:
         if not self._up:
             raise PipelineBroken("down")
-        header, token_ids = self._flying.popleft()
+        header, token_ids, admissions = self._flying.popleft()
         hidden = self.stages[0].forward(header, token_ids=token_ids)
         for stage in self.stages[1:]:
             hidden = stage.forward(header, hidden_TD=hidden.clone())
-        result = StepResult(header.step, tuple(self.stages[-1].sample(header, hidden)))
-        check_result(header, result, VOCABULARY)
+        self.stages[-1].admit(admissions)
+        result = self.stages[-1].sample(header, hidden)
+        check_result(header, result, VOCABULARY, [None] * len(result.tokens))
         return result
 
     def wait_ready(self, timeout: float) -> bool:

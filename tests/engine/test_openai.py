@@ -19,7 +19,15 @@ from runtime.engine.engine import Engine
 from runtime.engine.openai import OpenAIService
 from runtime.engine.runner import Recovery
 from runtime.engine.tokenizer import TokenizerError
-from tests.engine.fakes import VOCABULARY, Characters, FakeRunner, alone, limits
+from security.channel.admission import SamplingParameters
+from tests.engine.fakes import (
+    VOCABULARY,
+    Characters,
+    FakeRunner,
+    alone,
+    limits,
+    next_logprobs,
+)
 from tests.engine.test_engine import request
 
 MODEL = "org/tiny"
@@ -29,7 +37,7 @@ DEFAULTS = GenerationDefaults(1.0, 1.0, 0, frozenset({2}))
 class Bench:
     """A service over the fake pipeline, with an engine thread of its own."""
 
-    def __init__(self, codec=None, down=False, **recovery):
+    def __init__(self, codec=None, down=False, defaults=DEFAULTS, **recovery):
         bounds = limits(max_context=256, cache_blocks=128, max_sequences=8, max_waiting=24)
         self.runner = FakeRunner(bounds)
         self.runner.may_come_up = not down
@@ -37,7 +45,7 @@ class Bench:
             bounds, self.runner, Characters(), 5.0, Recovery(**({"poll_s": 0.005} | recovery))
         )
         self.service = OpenAIService(
-            self.engine, codec or Characters(), DEFAULTS, MODEL, max_body_bytes=100_000
+            self.engine, codec or Characters(), defaults, MODEL, max_body_bytes=100_000
         )
 
     def __enter__(self):
@@ -321,14 +329,37 @@ BAD = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"),
     ({"presence_penalty": True}, "presence_penalty"),
-    ({"logit_bias": {"1": 2}}, "logit_bias"),
+    ({"presence_penalty": -2.1}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+    ({"min_tokens": 250}, "min_tokens"),
+    ({"min_tokens": 1, "stop_token_ids": list(range(VOCABULARY))}, "min_tokens"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {str(VOCABULARY): 2}}, "logit_bias"),
+    ({"logit_bias": {"-1": 2}}, "logit_bias"),
+    ({"logit_bias": {"secret": 2}}, "logit_bias"),
+    ({"logit_bias": {"1_0": 2}}, "logit_bias"),
+    ({"logit_bias": {"\u0661": 2}}, "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 2}}, "logit_bias"),
+    ({"logit_bias": {"1": 100.5}}, "logit_bias"),
+    ({"logit_bias": {"1": 10**400}}, "logit_bias"),
+    ({"logit_bias": {"1": True}}, "logit_bias"),
+    ({"logit_bias": {"1": 2, "01": 2}}, "logit_bias"),
+    ({"logit_bias": {str(token): 1 for token in range(2000)}}, "logit_bias"),
+    ({"include_stop_str_in_output": "x"}, "include_stop_str_in_output"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"user": 3}, "user"),
     ({"metadata": "x"}, "metadata"),
     ({"chat_template": "{{ x }}"}, "chat_template"),
@@ -365,7 +396,9 @@ def test_bad_chat_bodies_name_the_parameter(bench, change, param):
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["a", [1, "secret"]]}, "prompt"),
         ({"echo": True}, "echo"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"min_tokens": 17}, "min_tokens"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "secret"}, "suffix"),
         ({"messages": []}, "messages"),
@@ -385,6 +418,8 @@ def test_bad_completion_bodies_name_the_parameter(bench, change, param):
         {"logprobs": None, "tools": None, "response_format": None, "frequency_penalty": None},
         {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "logit_bias": {}},
         {"frequency_penalty": 0.0, "presence_penalty": 0, "parallel_tool_calls": True},
+        {"frequency_penalty": -2, "presence_penalty": 2.0, "repetition_penalty": 1.1, "min_p": 0.5},
+        {"logprobs": False, "top_logprobs": 0, "min_tokens": None, "logit_bias": {"0": -100}},
         {"top_p": 0, "top_k": -1, "n": 1.0, "store": False, "service_tier": "auto"},
         {"temperature": 1e-300, "top_k": 10**30, "stop": None, "seed": None, "user": None},
         {"stop": "x", "safety_identifier": "x", "prompt_cache_key": "x"},
@@ -453,6 +488,14 @@ json_values = st.recursive(
             "chat_template_kwargs",
             "stop_token_ids",
             "best_of",
+            "logprobs",
+            "top_logprobs",
+            "logit_bias",
+            "min_p",
+            "min_tokens",
+            "presence_penalty",
+            "repetition_penalty",
+            "include_stop_str_in_output",
         ]
     ),
     json_values,
@@ -612,12 +655,15 @@ def test_generation_defaults(caplog):
             "do_sample": True,
             "eos_token_id": [5, 6],
             "repetition_penalty": 1.1,
+            "min_p": 0.05,
+            "no_repeat_ngram_size": 3,
             "max_new_tokens": 99,
         }
     ).encode()
     found = generation_defaults(content, b'{"eos_token_id": 9}', 7)
-    assert found == GenerationDefaults(0.6, 0.95, 20, frozenset({5, 6}), 99)
-    assert "repetition_penalty is not supported" in caplog.text
+    assert found == GenerationDefaults(0.6, 0.95, 20, frozenset({5, 6}), 99, 0.05, 1.1)
+    assert "no_repeat_ngram_size is not supported" in caplog.text
+    assert "repetition_penalty" not in caplog.text
 
 
 def test_silence_means_openai_defaults(caplog):
@@ -642,6 +688,9 @@ def test_do_sample_false_means_greedy():
         b'{"top_p": 2}',
         b'{"eos_token_id": "x"}',
         b'{"top_k": 1.5}',
+        b'{"min_p": 2}',
+        b'{"repetition_penalty": 0}',
+        json.dumps({"eos_token_id": list(range(600))}).encode(),
     ],
 )
 def test_generation_configs_that_make_no_sense(content):
@@ -668,3 +717,175 @@ def test_token_ids_where_asked_for(client):
     found = [token for event in events for token in getattr(event.choices[0], "token_ids", [])]
     assert found == answer.choices[0].token_ids
     assert len(found) == answer.usage.completion_tokens
+
+
+# Logprobs, with the official client. The fake's likeliest token is always the one drawn.
+
+
+def scored(token, wanted):
+    """What the answer says of a token of the fake: name, logprob, and its alternatives."""
+    told = next_logprobs(token, wanted)
+    return chr(token), told.chosen, [(chr(t % 128), value) for t, value in told.alternatives]
+
+
+def test_logprobs_of_a_chat(client):
+    common = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 9,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    answer = client.chat.completions.create(**common).choices[0]
+    entries = answer.logprobs.content
+    assert "".join(entry.token for entry in entries) == answer.message.content
+    for entry in entries:
+        assert entry.bytes == list(entry.token.encode())
+        name, chosen, alternatives = scored(ord(entry.token), 3)
+        assert (entry.token, entry.logprob) == (name, chosen)
+        found = [(other.token, other.logprob) for other in entry.top_logprobs]
+        # The names of the fake's special tokens are not single letters.
+        assert [value for _, value in found] == [value for _, value in alternatives]
+        assert found[0] == (name, chosen)
+    events = client.chat.completions.create(**common, stream=True)
+    streamed = []
+    for event in events:
+        choice = event.choices[0]
+        if choice.logprobs is not None:
+            assert "".join(e.token for e in choice.logprobs.content) == choice.delta.content
+            streamed += choice.logprobs.content
+    assert streamed == entries
+    plain = client.chat.completions.create(**(common | {"top_logprobs": openai.omit}))
+    assert [entry.top_logprobs for entry in plain.choices[0].logprobs.content] == [[]] * 9
+    without = client.chat.completions.create(
+        **(common | {"top_logprobs": openai.omit, "logprobs": openai.omit})
+    )
+    assert without.choices[0].logprobs is None
+
+
+def test_logprobs_of_a_completion(client):
+    common = {"model": MODEL, "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    for wanted in (0, 2, 5):
+        choice = client.completions.create(**common, logprobs=wanted).choices[0]
+        told = choice.logprobs
+        assert "".join(told.tokens) == choice.text
+        assert told.text_offset == list(range(12))
+        for name, value, likeliest in zip(
+            told.tokens, told.token_logprobs, told.top_logprobs, strict=True
+        ):
+            assert value == next_logprobs(ord(name), wanted).chosen
+            assert likeliest[name] == value
+            assert len(likeliest) == max(1, wanted)
+    stream = client.completions.create(**common, logprobs=5, stream=True)
+    parts = [event.choices[0] for event in stream]
+    assert [name for part in parts for name in part.logprobs.tokens] == told.tokens
+    assert [at for part in parts for at in part.logprobs.text_offset] == told.text_offset
+    assert [v for part in parts for v in part.logprobs.top_logprobs] == told.top_logprobs
+    assert client.completions.create(**common).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_logprobs_end_where_the_text_ends_at_a_stop_string(client, include):
+    whole = text_of("\x01abc", 30)
+    stop = whole[5:8]
+    at = whole.find(stop)
+    shown = whole[: at + len(stop)] if include else whole[:at]
+    common = {"model": MODEL, "prompt": "abc", "max_tokens": 30, "temperature": 0, "stop": stop}
+    common |= {"logprobs": 0, "extra_body": {"include_stop_str_in_output": include}}
+    choice = client.completions.create(**common).choices[0]
+    assert (choice.text, "".join(choice.logprobs.tokens)) == (shown, shown)
+    text = names = ""
+    for event in client.completions.create(**common, stream=True):
+        text += event.choices[0].text
+        names += "".join(event.choices[0].logprobs.tokens)
+        # No name is told before its text: it would give a stop string away.
+        assert len(names) <= len(text)
+    assert (text, names) == (shown, shown)
+
+
+def test_an_end_token_has_no_logprobs_and_counts(client):
+    ids = alone(request("\x01abc", 30))
+    end = ids[6]
+    answer = client.completions.create(
+        model=MODEL,
+        prompt="abc",
+        max_tokens=30,
+        temperature=0,
+        logprobs=1,
+        extra_body={"stop_token_ids": [end]},
+    )
+    first = ids.index(end)
+    assert answer.usage.completion_tokens == first + 1
+    assert [ord(name) for name in answer.choices[0].logprobs.tokens] == ids[:first]
+
+
+def test_choices_have_logprobs_of_their_own(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="abc", max_tokens=5, seed=3, n=3, logprobs=0
+    )
+    assert len({choice.text for choice in answer.choices}) == 3
+    for choice in answer.choices:
+        assert "".join(choice.logprobs.tokens) == choice.text
+
+
+def test_all_parameters_reach_the_stage(bench):
+    body = {
+        "model": MODEL,
+        "prompt": "abc",
+        "max_tokens": 6,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 11,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.5,
+        "min_tokens": 4,
+        "stop_token_ids": [7, 3],
+        "logit_bias": {"5": 1.5, "127": -100},
+        "logprobs": 2,
+        "seed": 2**64 - 2,
+        "n": 3,
+        "return_token_ids": True,
+    }
+    _, content = asyncio.run(bench.call("/v1/completions", body))
+    for index, choice in enumerate(json.loads(content)["choices"]):
+        wanted = SamplingParameters(
+            0.5,
+            0.9,
+            11,
+            (2**64 - 2 + index) % 2**64,
+            0.1,
+            0.5,
+            -0.5,
+            1.5,
+            4,
+            (2, 3, 7),
+            ((5, 1.5), (127, -100.0)),
+            2,
+        )
+        asked = request("\x01abc", 6, sampling=wanted, end_tokens=frozenset({2, 3, 7}))
+        assert choice["token_ids"] == alone(asked)
+
+
+def test_the_model_s_defaults_count_where_the_request_is_silent():
+    defaults = GenerationDefaults(0.0, 1.0, 0, frozenset({2}), 8, 0.3, 1.2)
+    with Bench(defaults=defaults) as bench:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "seed": 1}
+        for change, wanted in (
+            ({}, SamplingParameters(0.0, 1.0, 0, 1, min_p=0.3, repetition_penalty=1.2)),
+            ({"min_p": 0, "repetition_penalty": 1}, SamplingParameters(0.0, 1.0, 0, 1)),
+            # More than the default length is asked for.
+            (
+                {"min_tokens": 11},
+                SamplingParameters(
+                    0.0, 1.0, 0, 1, 0.3, repetition_penalty=1.2, min_tokens=11, end_tokens=(2,)
+                ),
+            ),
+        ):
+            _, content = asyncio.run(bench.call("/v1/chat/completions", body | change))
+            count = change.get("min_tokens", 8)
+            asked = request(chat_prompt("x"), count, sampling=wanted, end_tokens=frozenset({2}))
+            text = Characters().decode(alone(asked))
+            assert json.loads(content)["choices"][0]["message"]["content"] == text

@@ -180,7 +180,7 @@ def test_the_engine_itself_takes_under_a_millisecond_for_a_step_of_32_sequences(
     while engine._in_flight:
         step, _ = engine._in_flight.popleft()
         engine._postprocess(step, step.header.step, result(1).tokens)
-    runner.submit, runner.result = lambda header, token_ids: None, answer_at_once
+    runner.submit, runner.result = lambda header, token_ids, admissions: None, answer_at_once
     durations = []
     for _ in range(50):
         began = time.perf_counter()

@@ -1,5 +1,7 @@
 """Random loads on engine and scheduler: what must hold whatever arrives, leaves or breaks."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.errors import ContextLengthExceeded
 from runtime.engine.request import Request
 from runtime.engine.scheduler import EngineLimits
-from security.channel.frame import SamplingParameters
+from security.channel.admission import SamplingParameters
 from tests.engine.fakes import GREEDY, Characters, FakeRunner, Reader, alone, run_here, settle
 from tests.engine.test_engine import assert_nothing_held, make
 
@@ -38,7 +40,10 @@ def scenarios(draw, most_requests=10, most_events=60):
         letters = letters[-(bounds.max_length - 1) :] if draw(st.booleans()) else letters
         prompt = letters[: bounds.max_length - 1]
         seed = draw(st.integers(0, 2**64 - 1))
-        sampling = draw(st.sampled_from([GREEDY, SamplingParameters(0.7, 0.9, 5, seed)]))
+        plain = SamplingParameters(0.7, 0.9, 5, seed)
+        penalised = replace(plain, presence_penalty=0.5, logit_bias=((3, 1.0),))
+        repeating = replace(plain, repetition_penalty=1.1, logprobs=2)
+        sampling = draw(st.sampled_from([GREEDY, plain, penalised, repeating]))
         end = draw(st.sampled_from([frozenset(), frozenset(range(32, 44))]))
         most = draw(st.integers(1, bounds.max_length - len(prompt)))
         asked = Request(tuple(prompt), sampling, most, end)
@@ -59,7 +64,7 @@ class Watch:
         self._computed_for: dict[int, bytes] = {}
         self._submit, runner.submit = runner.submit, self.submit
 
-    def submit(self, header, token_ids) -> None:
+    def submit(self, header, token_ids, admissions) -> None:
         step = self.engine._in_flight[-1][0]
         for part, entry in zip(step.parts, header.sequences, strict=True):
             tenant, arrival = part.sequence.tenant, part.sequence.arrival
@@ -75,7 +80,7 @@ class Watch:
         for earlier, _ in list(self.engine._in_flight)[:-1]:
             for part in earlier.parts:
                 assert not (part.current and part.sampled and part.sequence in decoding)
-        self._submit(header, token_ids)
+        self._submit(header, token_ids, admissions)
 
     def check(self) -> None:
         """Holders are exactly the tables of what runs; everything else is free."""

@@ -134,3 +134,44 @@ def test_a_tokenizer_from_a_manifested_model(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(expected["tokenizer.json"] + b" ")
     with ModelFiles(tmp_path, manifest) as files, pytest.raises(ManifestMismatch):
         read_tokenizer_files(files)
+
+
+def test_a_stop_string_may_be_shown():
+    output = OutputText(Characters(), ("END", "EN"), include_stop=True)
+    assert [output.push(ord(c)) for c in "aEN"] == ["a", "", "EN"]
+    assert output.stopped and (output.produced, output.shown) == (3, 3)
+    hidden = OutputText(Characters(), ("END",))
+    assert [hidden.push(ord(c)) for c in "aEEND"] == ["a", "", "E", "", ""]
+    assert hidden.stopped and (hidden.produced, hidden.shown) == (5, 2)
+
+
+@given(st.text(alphabet="ab", max_size=20), st.sampled_from(["ab", "aab", "bbb"]))
+def test_what_is_shown_is_counted(text, stop):
+    output = OutputText(Characters(), (stop,))
+    shown = ""
+    for character in text:
+        shown += output.push(ord(character))
+        assert output.shown == len(shown) <= output.produced
+        if output.stopped:
+            return
+    shown += output.finish()
+    assert output.shown == output.produced == len(shown) == len(text)
+
+
+@pytest.mark.parametrize("kind", ["level", "fallback"])
+@pytest.mark.parametrize("text", ["hello hello", "a b", "naïve café 你好 мир 🙂", "x\ny"])
+def test_bytes_of_tokens_make_up_the_text(loaded, kind, text):
+    tokenizer = loaded[kind]
+    ids = tokenizer.encode(text, 1000, special_tokens=False)
+    found = b"".join(tokenizer.token_bytes(token) for token in ids)
+    assert found.decode().removeprefix(" ") == tokenizer.decode(ids)
+
+
+def test_bytes_of_every_token(loaded):
+    level, fallback = loaded["level"], loaded["fallback"]
+    # The 256 single bytes are tokens of both kinds.
+    single = {level.token_bytes(token) for token in range(level.vocabulary)}
+    assert {bytes([byte]) for byte in range(256)} <= single
+    assert [fallback.token_bytes(3 + byte) for byte in (0x0A, 0x41, 0xC3)] == [b"\n", b"A", b"\xc3"]
+    assert level.token_bytes(level.eos_token_id) == b"<|end|>"
+    assert level.token_bytes(10**6) == b""

@@ -70,26 +70,36 @@ def test_demo_model_equal_to_generate(shape: str) -> None:
         assert "Paris" in answer.document["choices"][0]["message"]["content"]
 
 
+SAMPLED: dict[str, object] = {
+    "temperature": 0.9,
+    "seed": 17,
+    "presence_penalty": 0.8,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.2,
+    "logit_bias": {"11": 4.0, "40": -6.0},
+    "min_tokens": 30,
+    "stop_token_ids": list(range(0, 90, 7)),
+    "logprobs": 2,
+}
+
+
 @pytest.mark.parametrize("victim", ["stage-1", "stage-2"])
 def test_killed_shard_mid_stream(checkpoint: Callable[[str], Path], victim: str) -> None:
     """Streams pause and go on: no repeated, missing or changed token."""
     model = checkpoint("llama")
     oracle = Oracle(model)
     batch = prompts(8, len(ALPHABET), longest=60)
+    common = {"model": "test-model", "max_tokens": 120}
+    greedy = {**common, "temperature": 0, "ignore_eos": True}
     with RunningPlan(model, (2, 4)) as plan:
-        streams = [
-            plan.stream(
-                "/v1/completions",
-                {
-                    "model": "test-model",
-                    "prompt": prompt,
-                    "max_tokens": 120,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                },
-            )
-            for prompt in batch
+        # What penalties and bias count is on the last stage, which may be the one that dies.
+        undisturbed = [
+            plan.post("/v1/completions", {**common, **SAMPLED, "prompt": prompt}).document
+            for prompt in batch[:4]
         ]
+        bodies = [{**greedy, "prompt": prompt} for prompt in batch]
+        bodies += [{**common, **SAMPLED, "prompt": prompt} for prompt in batch[:4]]
+        streams = [plan.stream("/v1/completions", body) for body in bodies]
         texts = [next(stream)["choices"][0]["text"] for stream in streams]
         epoch = plan.states["stage-0"].epoch
         plan.kill_shard(victim)
@@ -100,6 +110,8 @@ def test_killed_shard_mid_stream(checkpoint: Callable[[str], Path], victim: str)
                 texts[index] += document["choices"][0]["text"]
         plan.wait_serving()
         assert plan.states["stage-0"].epoch != epoch
-        for prompt, text in zip(batch, texts, strict=True):
+        for prompt, text in zip(batch, texts[:8], strict=True):
             output = oracle.greedy(prompt, 120, ignore_end=True)
             assert text == oracle.tokenizer.decode(output, skip_special_tokens=True)
+        assert texts[8:] == [document["choices"][0]["text"] for document in undisturbed]
+        assert all(len(text) >= 30 for text in texts[8:])

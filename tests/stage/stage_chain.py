@@ -9,7 +9,8 @@ import torch
 from checkpoints import END
 
 from runtime.stage.stage import StageRunner
-from security.channel.frame import SamplingParameters, SequenceStep, StepHeader
+from security.channel.admission import Admission, SamplingParameters
+from security.channel.frame import SequenceStep, StepHeader
 
 GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
 
@@ -18,9 +19,9 @@ def step(
     start: int = 0,
     count: int = 1,
     blocks: tuple[int, ...] = (7,),
-    sample: SamplingParameters | None = GREEDY,
+    sampled: bool = True,
 ) -> StepHeader:
-    return StepHeader(0, (SequenceStep(0, start, count, blocks, sample),))
+    return StepHeader(0, (SequenceStep(0, start, count, blocks, sampled),))
 
 
 class Chain:
@@ -29,12 +30,15 @@ class Chain:
     def __init__(self, stages: Sequence[StageRunner]) -> None:
         self.stages = list(stages)
 
-    def run(self, header: StepHeader, token_ids: list[int]) -> tuple[int, ...]:
+    def run(
+        self, header: StepHeader, token_ids: list[int], admissions: Sequence[Admission] = ()
+    ) -> tuple[int, ...]:
         hidden = self.stages[0].forward(header, token_ids=token_ids)
         for stage in self.stages[1:]:
             # A copy: what arrives by network shares nothing with the sender.
             hidden = stage.forward(header, hidden_TD=hidden.clone())
-        return self.stages[-1].sample(header, hidden)
+        self.stages[-1].admit(admissions)
+        return self.stages[-1].sample(header, hidden).tokens
 
 
 def generate(
@@ -61,7 +65,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     step = 0
     while True:
-        sequences, token_ids, sampled = [], [], []
+        sequences, token_ids, sampled, admissions = [], [], [], []
         for index, prompt in enumerate(prompts):
             known = [*prompt, *outputs[index]]
             ended = len(outputs[index]) >= tokens or (outputs[index] and outputs[index][-1] == stop)
@@ -72,13 +76,18 @@ def generate(
             while len(tables[index]) * block_size < done[index] + count:
                 tables[index].append(free.pop())
             samples = done[index] + count == len(known)
+            if done[index] == 0:
+                wanted = parameters[index]
+                seen = tuple(prompt) if wanted.counts_prompt else ()
+                admissions.append(Admission(index, wanted, len(prompt), seen))
             sequences.append(
                 SequenceStep(
                     index,
                     done[index],
                     count,
                     tuple(tables[index]),
-                    parameters[index] if samples else None,
+                    samples,
+                    done[index] == 0,
                 )
             )
             token_ids += known[done[index] : done[index] + count]
@@ -88,7 +97,7 @@ def generate(
         if not sequences and step >= len(prompts):
             return outputs
         if sequences:
-            result = chain.run(StepHeader(step, tuple(sequences)), token_ids)
+            result = chain.run(StepHeader(step, tuple(sequences)), token_ids, admissions)
             assert len(result) == len(sampled)
             for index, token in zip(sampled, result, strict=True):
                 outputs[index].append(token)

@@ -141,7 +141,7 @@ def test_bfloat16_is_as_near_to_float32_as_torch_is(
     header = StepHeader(
         0,
         tuple(
-            SequenceStep(slot, 0, len(prompt), tuple(range(slot * 6, slot * 6 + 6)), None)
+            SequenceStep(slot, 0, len(prompt), tuple(range(slot * 6, slot * 6 + 6)), False)
             for slot, prompt in enumerate(prompts)
         ),
     )

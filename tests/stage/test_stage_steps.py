@@ -16,7 +16,8 @@ from runtime.stage.attention import NAME, PagedStep, paged_attention
 from runtime.stage.errors import NonFinite, StepRefused, UnsupportedAttention
 from runtime.stage.kv_cache import PagedCache
 from runtime.stage.stage import StageRunner, StageSettings
-from security.channel.frame import SamplingParameters, SequenceStep, StepHeader
+from security.channel.admission import Admission, SamplingParameters
+from security.channel.frame import SequenceStep, StepHeader, StepResult
 from security.manifest import ModelFiles, build_manifest
 
 
@@ -80,16 +81,22 @@ def test_only_sequences_that_ask_are_sampled(stages: list[StageRunner]) -> None:
     header = StepHeader(
         0,
         (
-            SequenceStep(0, 0, 3, (1,), None),
-            SequenceStep(1, 0, 2, (2,), GREEDY),
-            SequenceStep(2, 0, 4, (3,), None),
+            SequenceStep(0, 0, 3, (1,), False),
+            SequenceStep(1, 0, 2, (2,), True, admitted=True),
+            SequenceStep(2, 0, 4, (3,), False),
         ),
     )
     hidden = stages[0].forward(header, token_ids=list(range(9)))
     hidden = stages[1].forward(header, hidden_TD=hidden)
-    assert len(stages[1].sample(header, hidden)) == 1
+    with pytest.raises(StepRefused, match="slot 1: expected an admitted sequence"):
+        stages[1].sample(header, hidden)
+    stages[1].admit([Admission(1, GREEDY, 2)])
+    assert len(stages[1].sample(header, hidden).tokens) == 1
     quiet = StepHeader(1, header.sequences[:1])
-    assert stages[1].sample(quiet, hidden[:3]) == ()
+    assert stages[1].sample(quiet, hidden[:3]) == StepResult(1, ())
+    stages[1].reset()
+    with pytest.raises(StepRefused):
+        stages[1].sample(header, hidden)
 
 
 def test_seeded_tokens_do_not_depend_on_chunks_or_neighbours(stages: list[StageRunner]) -> None:

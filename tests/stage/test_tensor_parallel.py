@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Oracle
-from stage_chain import GREEDY, Chain, generate, prompts_of
+from stage_chain import Chain, generate, prompts_of
 from stage_models import settings
 from stage_variants import VARIANTS
 from torch import nn
@@ -34,7 +34,7 @@ from security.manifest import ModelFiles
 HERE = Path(__file__).resolve().parent
 PATHS = (str(HERE), str(HERE.parent), str(HERE.parent.parent))
 LENGTHS = (1, 4, 5, 13, 2, 37, 24, 50)
-STEP = StepHeader(0, (SequenceStep(0, 0, 3, (5,), GREEDY),))
+STEP = StepHeader(0, (SequenceStep(0, 0, 3, (5,), True),))
 
 STALE = tensor_parallel.SEGMENT_DIRECTORY / (
     f"deepspeed_allreduce_buffer_{os.getuid()}_bulkhead-{tensor_parallel._pid_namespace()}"
