@@ -26,7 +26,7 @@ __all__ = ["Driver", "DriverEnded", "DriverSpec"]
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 900.0
-END_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 15.0
 _LOG_SHOWN = 3000
 
 

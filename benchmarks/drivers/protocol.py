@@ -7,7 +7,8 @@ engines print what they like.
     -> {"requests": [[at_s, [id, ...], tokens], ...]}
     <- {"times": [[submitted_s, [token_s, ...]], ...]}
 
-The end of standard input ends the driver.
+The end of standard input ends the driver: in order if it can, by force if it is busy for longer, so
+that nothing goes on computing when whoever started it has gone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +35,10 @@ Generate = Callable[[Sequence[int], int], AsyncIterator[int]]
 
 # Ready means: has answered. The prompt is short, the answer long enough to have used the cache.
 _FIRST = TimedRequest(0.0, tuple(range(3, 19)), 2)
+
+
+# How long a driver may take to end in order.
+_END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,24 @@ def drive(description: str | None, start: Callable[[Arguments], Awaitable[Engine
 
 
 async def _drive(arguments: Arguments, start: Callable[[Arguments], Awaitable[Engine]]) -> None:
+    commands: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            loop.call_soon_threadsafe(commands.put_nowait, line)
+        loop.call_soon_threadsafe(commands.put_nowait, "")
+        time.sleep(_END_S)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=listen, name="commands", daemon=True).start()
     engine = await start(arguments)
     try:
         await engine.run([_FIRST])
         with os.fdopen(arguments.answers, "w", buffering=1) as answers:
             print(json.dumps({"ready": True}), file=answers)
-            while line := await asyncio.to_thread(sys.stdin.readline):
+            while line := await commands.get():
                 requests = [
                     TimedRequest(at_s, tuple(prompt), tokens)
                     for at_s, prompt, tokens in json.loads(line)["requests"]

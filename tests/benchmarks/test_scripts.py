@@ -152,3 +152,36 @@ def test_driver_that_dies_is_named_and_leaves_nothing(model: Path, tmp_path: Pat
         assert time.monotonic() - begin < 5
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, 0)
+
+
+def test_driver_ends_in_the_middle_of_a_load_when_its_starter_dies(
+    model: Path, tmp_path: Path
+) -> None:
+    starter = """
+import sys
+from pathlib import Path
+from benchmarks.driver import Driver
+from benchmarks.engine import engine_spec
+from benchmarks.times import TimedRequest
+with Driver(engine_spec(Path(sys.argv[1]), 1, 64, 2), Path(sys.argv[2])) as driver:
+    print(driver._process.pid, flush=True)
+    driver.run([TimedRequest(600.0, (5, 6, 7), 2)])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", starter, str(model), str(tmp_path / "driver.log")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(pid, signal.SIGKILL)
+    raise AssertionError("the driver goes on")
