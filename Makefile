@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test test-slow test-cluster lint format protos clean
+.PHONY: help serve install test test-slow test-cluster bench bench-poisson bench-peers lint format \
+	protos clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,19 @@ test-slow: $(VENV)/.developing ## tests that take longer
 
 test-cluster: $(VENV)/.developing ## tests with `ray up` on network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster
+
+# Results go to .bench/results; benchmarks/README.md says how to read them.
+bench: $(VENV)/.installed ## measure links, engine, plan and a long prompt; ten minutes
+	$(BIN)/python -m benchmarks.links
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.stall
+
+bench-poisson: $(VENV)/.installed ## measure random arrivals; five minutes
+	$(BIN)/python -m benchmarks.poisson
+
+bench-peers: $(VENV)/.installed ## measure beside vLLM and transformers; twenty minutes the first time
+	$(BIN)/python -m benchmarks.peers
 
 lint: $(VENV)/.developing ## style, types, layers, generated code
 	$(BIN)/ruff check .

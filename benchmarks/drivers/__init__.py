@@ -1,0 +1,1 @@
+"""Programs that put one engine each under load, told what to do by `benchmarks.driver`."""
