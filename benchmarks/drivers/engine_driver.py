@@ -23,7 +23,7 @@ from runtime.engine.scheduler import EngineLimits
 from runtime.shard.pipeline import Epoch, HeadRunner
 from runtime.shard.shard import stage_settings
 from runtime.stage.stage import StageRunner
-from security.channel.frame import SamplingParameters
+from security.channel.admission import SamplingParameters
 from security.channel.link import LinkListener
 from security.manifest import ModelFiles
 from security.roster import EPOCH_BYTES, Roster
