@@ -65,12 +65,12 @@ class StepPace:
         self._measured_at[size] = self._steps
         return True
 
-    def prompt_tokens(self, decodes: int, patience: float) -> int | None:
-        """Prompt tokens that lengthen a step of so many decodes by `patience` times itself.
+    def prompt_tokens(self, decodes: int) -> int | None:
+        """Prompt tokens that make a step of so many decodes take twice as long.
 
         At least LEAST_CHUNK. None where nothing is measured yet: then nothing is known to wait for.
         """
         usual = self.decode_s(decodes)
         if usual is None or not self._token_s:
             return None
-        return max(LEAST_CHUNK, int(patience * usual / median(self._token_s)))
+        return max(LEAST_CHUNK, int(usual / median(self._token_s)))

@@ -38,10 +38,6 @@ __all__ = ["EngineLimits", "Part", "Scheduler", "Step"]
 
 _RANK = attrgetter("rank")
 
-# How many waiting prompts outweigh a stream that began no earlier than they came: while requests
-# arrive in a burst, the last of them should not wait for the tokens of the first.
-_BURST_WEIGHT = 4
-
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -152,22 +148,22 @@ class _Allowance:
     """Prompt tokens that a step may carry, for the sake of the streams that wait for it.
 
     A prompt that came after a stream had begun may make a step take twice the usual time, no more.
-    Prompts that came in one burst with all the streams may do more the more of them wait: otherwise
-    the first of a burst would finish before the last has a token.
+    Prompts that came in one burst with all the streams take what a step holds: otherwise the first
+    of a burst would finish before the last has a token.
 
     Attributes:
         began: newest arrival when the oldest stream began.
-        burst: tokens up to and with those of a prompt that came no later.
+        most: tokens up to and with those of a prompt that came no later.
         late: the same for a prompt that came after it.
     """
 
     began: int
-    burst: int
+    most: int
     late: int
 
     def of(self, sequence: Sequence) -> int:
         """Tokens of the step up to and with this sequence's."""
-        return self.late if sequence.arrival > self.began else self.burst
+        return self.late if sequence.arrival > self.began else self.most
 
 
 @dataclass(slots=True)
@@ -221,10 +217,11 @@ class Scheduler:
         share = -(-len(streams) // self._groups)
         chosen = [(sequence, 1) for sequence in self._pick_decoding(share)]
         decodes = len(chosen)
-        if decodes and self._prompts_ready() and self.pace.wants_decodes_alone(decodes):
-            return self._make_step(chosen, decodes)
         budget = self.limits.max_step_tokens - decodes
         allowance = self._allowance(streams, share)
+        measures = decodes and self._newest > allowance.began and self._prompts_ready()
+        if measures and self.pace.wants_decodes_alone(decodes):
+            return self._make_step(chosen, decodes)
         used = 0
         prompts = self._pick_prompts()
         while used < budget and (sequence := next(prompts, None)):
@@ -301,15 +298,9 @@ class Scheduler:
     def _allowance(self, streams: list[Sequence], share: int) -> _Allowance:
         """What prompts may take of the next step, which has `share` decodes of the streams."""
         most = self.limits.max_step_tokens
-        if not streams:
-            return _Allowance(self._newest, most, most)
-        prompts = sum(s.remaining > 0 and not s.decoding for s in self.running)
-        prompts += min(len(self.waiting), len(self._slots))
-        patience = max(1.0, _BURST_WEIGHT * prompts / len(streams))
-        began = min(self._newest if s.began is None else s.began for s in streams)
-        burst = self.pace.prompt_tokens(share, patience)
-        late = self.pace.prompt_tokens(share, 1.0)
-        return _Allowance(began, most if burst is None else burst, most if late is None else late)
+        began = min((s.began for s in streams if s.began is not None), default=self._newest)
+        late = self.pace.prompt_tokens(share) if streams else None
+        return _Allowance(began, most, most if late is None else late)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         """Takes the first in line onto the stages, with what is cached of its prefix."""
