@@ -37,7 +37,7 @@ class Ring:
     """A plan whose epochs are opened by hand.
 
     Attributes:
-        faults: what ended epochs, "role: reason", in order.
+        faults: what ended the epochs last opened, "role: reason", in order.
     """
 
     def __init__(
@@ -84,14 +84,17 @@ class Ring:
 
     def open(self, *roles: str) -> None:
         """A new epoch of these shards, by default all; the head's runner is offered it."""
-        self.roster = self.new_roster()
+        for member in self.members.values():
+            if member.epoch is not None:
+                member.epoch.close()
+        # Only now: until then the last epoch may notice that its peers have left.
+        self.faults.clear()
         self.faulted.clear()
+        self.roster = self.new_roster()
         for role in self.template.roles:
             member = self.members[role.name]
             if roles and role.name not in roles:
                 continue
-            if member.epoch is not None:
-                member.epoch.close()
             member.epoch = Epoch(
                 roster=self.roster,
                 template=self.template,

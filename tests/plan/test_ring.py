@@ -217,7 +217,6 @@ def test_the_head_learns_the_smallest_cache(model: Path) -> None:
 @pytest.fixture
 def as_head(pair: Ring) -> tuple[Link, Link]:
     """The test is the head of two stages, and the other one is real."""
-    pair.faults.clear()
     pair.open("stage-1")
     return pair.impersonate("stage-0")
 
@@ -352,7 +351,6 @@ def test_the_queue_wakes_when_it_is_closed() -> None:
 @pytest.fixture
 def as_last(pair: Ring) -> tuple[Link, Link]:
     """The test is the last of two stages, and the head is real."""
-    pair.faults.clear()
     pair.open("stage-0")
     return pair.impersonate("stage-1")
 
