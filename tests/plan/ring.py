@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -115,6 +116,13 @@ class Ring:
         name = next(name for name, member in self.members.items() if member.epoch is epoch)
         self.faults.append(f"{name}: {reason}")
         self.faulted.set()
+
+    def await_fault(self, pattern: str, timeout_s: float = 10.0) -> None:
+        """Waits until one of the faults matches."""
+        deadline = time.monotonic() + timeout_s
+        while not any(re.match(pattern, fault) for fault in list(self.faults)):
+            assert time.monotonic() < deadline, self.faults
+            time.sleep(0.01)
 
     def break_epoch(self) -> None:
         """As when a process dies: all links of a shard close."""

@@ -209,7 +209,8 @@ def test_the_head_learns_the_smallest_cache(model: Path) -> None:
         ring.runner.submit(header, [1], ())
         with pytest.raises(PipelineBroken):
             ring.runner.result(10)
-        assert any("stage-1" in f and "block ids below 3" in f for f in ring.faults), ring.faults
+        # The others notice closed links, perhaps before the one that closed them has told why.
+        ring.await_fault("stage-1: .*block ids below 3")
     finally:
         ring.close()
 
