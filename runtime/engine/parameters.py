@@ -95,7 +95,7 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Options:
     """What chats and completions share; None means the model's default.
 
@@ -140,7 +140,7 @@ class Options:
     return_token_ids: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ChatBody:
     """A body for /v1/chat/completions; contents are text."""
 
@@ -149,7 +149,7 @@ class ChatBody:
     template_arguments: dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CompletionBody:
     """A body for /v1/completions; a prompt is text or token ids."""
 

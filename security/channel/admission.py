@@ -2,7 +2,8 @@
 
 Both see prompts anyway; the stages between them would learn from sampling parameters and token ids
 what their role does not expose. So these travel in frames of their own over the link that brings
-results from the last stage to the head, in the other direction.
+results from the last stage to the head, in the other direction. Nor are they in any `repr`, which
+ends up in logs.
 
 An *admission frame* goes with each step whose header admits sequences, and is as little trusted:
 
@@ -19,7 +20,7 @@ An *admission frame* goes with each step whose header admits sequences, and is a
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Final
 
@@ -58,7 +59,7 @@ _BIAS: Final = struct.Struct("<Id")
 _ID_BYTES: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SamplingParameters:
     """How the last stage draws the tokens of a sequence.
 
@@ -116,10 +117,10 @@ class Admission:
     """
 
     slot: int
-    parameters: SamplingParameters
+    parameters: SamplingParameters = field(repr=False)
     first: int
-    prompt: tuple[int, ...] = ()
-    output: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = field(default=(), repr=False)
+    output: tuple[int, ...] = field(default=(), repr=False)
 
 
 def max_admission_bytes(limits: FrameLimits) -> int:
