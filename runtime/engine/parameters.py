@@ -27,6 +27,8 @@ MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_END_TOKENS = 256
+# Far above any context; Python reads integers that are too long for it to print.
+MAX_TOKENS = 2**63 - 1
 
 # Names a rendering sets itself.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -172,8 +174,8 @@ def parse_chat(body: bytes, vocabulary: int) -> ChatBody:
                 f"chat_template_kwargs: expected none of {', '.join(_RESERVED)}.",
                 "chat_template_kwargs",
             )
-    max_tokens = reader.integer("max_completion_tokens", 1, None)
-    older = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_completion_tokens", 1, MAX_TOKENS)
+    older = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = _chat_logprobs(reader)
     options = _options(
         reader, vocabulary, max_tokens if max_tokens is not None else older, logprobs
@@ -191,7 +193,7 @@ def parse_completion(body: bytes, vocabulary: int) -> CompletionBody:
     """
     reader = _Reader(body)
     prompts = _prompts(reader.take("prompt"), vocabulary)
-    max_tokens = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = reader.integer("logprobs", 0, MAX_ALTERNATIVES)
     options = _options(reader, vocabulary, 16 if max_tokens is None else max_tokens, logprobs)
     # best_of draws more outputs than it returns, unless it equals n.

@@ -915,3 +915,13 @@ def test_choices_share_their_prompt(bench):
     _, requests = bench.service._prepare_completion(json.dumps(body).encode())
     assert [len(request.prompt) for request in requests] == [40] * 3 + [9] * 3
     assert len({id(request.prompt) for request in requests}) == 2
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "min_tokens", "seed", "n"])
+def test_an_integer_of_any_length_is_the_clients_fault(bench, field):
+    """Python refuses to print one of more than 4,300 digits, and reads one of so many."""
+    body = b'{"model": "org/tiny", "prompt": "x", "%s": %s}' % (field.encode(), b"9" * 4300)
+    response, content = asyncio.run(bench.call("/v1/completions", body))
+    assert response.status == 400
+    assert json.loads(content)["error"]["type"] == "invalid_request_error"
+    assert b"999" not in content
