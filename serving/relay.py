@@ -469,6 +469,8 @@ def _failure_response(error: Exception) -> Response:
             return error_response(431, str(error), "credential_refused")
         case envelope.RequestTooLong():
             return error_response(414, str(error), error.code)
+        case envelope.RequestMalformed():
+            return error_response(400, str(error), error.code)
         case RequestRefused():
             return error_response(400, f"the head refused the request: {error}", "refused")
         case HeadUnavailable():

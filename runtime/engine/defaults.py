@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from runtime.engine.tokenizer import TokenizerError, load_json
-from security.channel.admission import MAX_END_TOKENS, REPETITION_PENALTIES
+from security.channel.admission import MAX_END_TOKENS, MAX_TEMPERATURE, REPETITION_PENALTIES
 
 __all__ = ["MAX_MODEL_END_TOKENS", "GenerationDefaults", "generation_defaults"]
 
@@ -90,7 +90,9 @@ def generation_defaults(
         if not _among(document.get(name), harmless):
             _log.warning("%s: %s is not supported and ignored", where, name)
     greedy = document.get("do_sample") is False
-    temperature = _number(document, where, "temperature", default=1.0, low=0.0, high=100.0)
+    temperature = _number(
+        document, where, "temperature", default=1.0, low=0.0, high=MAX_TEMPERATURE
+    )
     top_k = _integer(document, where, "top_k", 0, -1)
     max_tokens = _integer(document, where, "max_new_tokens", 0, 0)
     # As `transformers.generate` has it: the list in the file counts, and the tokenizer's own token

@@ -166,6 +166,14 @@ class Engine:
             )
         return max_tokens
 
+    def check_count(self, outputs: int) -> None:
+        """Raises InvalidRequest for more outputs than one client may ever ask for at once."""
+        share = self.limits.max_live_of_tenant
+        if outputs > share:
+            raise InvalidRequest(
+                f"The request asks for {outputs} outputs; expected at most {share} at once."
+            )
+
     def submit(
         self, requests: Many[Request], post: Post | None = None, tenant: bytes = b""
     ) -> list[TokenStream]:
@@ -181,13 +189,10 @@ class Engine:
             Unavailable: the pipeline is down for too long, or the engine is stopping.
             InvalidRequest: a request that this engine can never serve.
         """
+        self.check_count(len(requests))
         for request in requests:
             self.check(len(request.prompt), request.max_tokens)
         room, share = self.limits.max_live, self.limits.max_live_of_tenant
-        if len(requests) > share:
-            raise InvalidRequest(
-                f"The request asks for {len(requests)} outputs; expected at most {share} at once."
-            )
         receiver = post or asyncio.get_running_loop().call_soon_threadsafe
         with self._lock:
             if self._closed is not None:

@@ -227,6 +227,8 @@ class OpenAIService:
     def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
         self._check_model(parsed.options)
+        # A short body may ask for so many that the requests alone would fill the memory.
+        self._engine.check_count(len(parsed.prompts) * parsed.options.choices)
         limit = self._engine.max_length
         prompts = [
             self._codec.encode(prompt, limit, special_tokens=True)
@@ -240,6 +242,7 @@ class OpenAIService:
         parsed: ChatBody = parse_chat(body, self._engine.limits.vocabulary)
         options = parsed.options
         self._check_model(options)
+        self._engine.check_count(options.choices)
         text = self._codec.render(parsed.messages, parsed.template_arguments)
         prompt = self._codec.encode(text, self._engine.max_length, special_tokens=False)
         return options, self._requests([prompt], options)
@@ -259,7 +262,7 @@ class OpenAIService:
         if not options.ignore_eos:
             end_tokens |= defaults.end_tokens
         # The model's own may be outside its vocabulary, where nothing is drawn.
-        guarded = sorted(token for token in end_tokens if token < vocabulary)
+        guarded = tuple(sorted(token for token in end_tokens if token < vocabulary))
         if options.min_tokens and len(guarded) == vocabulary:
             raise InvalidRequest(
                 "min_tokens: every token would end the output; name fewer stop_token_ids.",
@@ -277,6 +280,8 @@ class OpenAIService:
                     f"min_tokens: expected at most the {max_tokens} that the context leaves.",
                     "min_tokens",
                 )
+            # One tuple for all choices: they may be many, and prompts long.
+            shared = tuple(prompt)
             for _ in range(options.choices):
                 sampling = SamplingParameters(
                     temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
@@ -291,13 +296,13 @@ class OpenAIService:
                         options.repetition_penalty, defaults.repetition_penalty
                     ),
                     min_tokens=options.min_tokens,
-                    end_tokens=tuple(guarded) if options.min_tokens else (),
+                    end_tokens=guarded if options.min_tokens else (),
                     logit_bias=options.logit_bias,
                     logprobs=options.logprobs,
                 )
                 requests.append(
                     Request(
-                        prompt=tuple(prompt),
+                        prompt=shared,
                         sampling=sampling,
                         max_tokens=max_tokens,
                         end_tokens=end_tokens,

@@ -27,6 +27,8 @@ MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_END_TOKENS = 256
+# Far above any context; Python reads integers that are too long for it to print.
+MAX_TOKENS = 2**63 - 1
 
 # Names a rendering sets itself.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -95,7 +97,7 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Options:
     """What chats and completions share; None means the model's default.
 
@@ -140,7 +142,7 @@ class Options:
     return_token_ids: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ChatBody:
     """A body for /v1/chat/completions; contents are text."""
 
@@ -149,7 +151,7 @@ class ChatBody:
     template_arguments: dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CompletionBody:
     """A body for /v1/completions; a prompt is text or token ids."""
 
@@ -172,8 +174,8 @@ def parse_chat(body: bytes, vocabulary: int) -> ChatBody:
                 f"chat_template_kwargs: expected none of {', '.join(_RESERVED)}.",
                 "chat_template_kwargs",
             )
-    max_tokens = reader.integer("max_completion_tokens", 1, None)
-    older = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_completion_tokens", 1, MAX_TOKENS)
+    older = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = _chat_logprobs(reader)
     options = _options(
         reader, vocabulary, max_tokens if max_tokens is not None else older, logprobs
@@ -191,7 +193,7 @@ def parse_completion(body: bytes, vocabulary: int) -> CompletionBody:
     """
     reader = _Reader(body)
     prompts = _prompts(reader.take("prompt"), vocabulary)
-    max_tokens = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = reader.integer("logprobs", 0, MAX_ALTERNATIVES)
     options = _options(reader, vocabulary, 16 if max_tokens is None else max_tokens, logprobs)
     # best_of draws more outputs than it returns, unless it equals n.

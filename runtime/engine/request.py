@@ -1,9 +1,12 @@
-"""A request for one output, and the sequence of tokens that serves it."""
+"""A request for one output, and the sequence of tokens that serves it.
+
+What a client wrote or reads is in no `repr`: asyncio logs the results of tasks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.engine.errors import RequestError
@@ -43,16 +46,16 @@ class Request:
         show_ids: whether the news of the output holds token ids, too.
     """
 
-    prompt: tuple[int, ...]
-    sampling: SamplingParameters
+    prompt: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParameters = field(repr=False)
     max_tokens: int
-    end_tokens: frozenset[int] = frozenset()
-    stop: tuple[str, ...] = ()
+    end_tokens: frozenset[int] = field(default=frozenset(), repr=False)
+    stop: tuple[str, ...] = field(default=(), repr=False)
     include_stop: bool = False
     show_ids: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TokenScore:
     """A token of visible text, where that begins in the output's text, and its logprobs."""
 
@@ -70,11 +73,11 @@ class Chunk:
     end token has none, nor have tokens behind the beginning of a stop string that is not shown.
     """
 
-    text: str
+    text: str = field(repr=False)
     tokens: int
     finish: FinishReason | None = None
-    ids: tuple[int, ...] = ()
-    scores: tuple[TokenScore, ...] = ()
+    ids: tuple[int, ...] = field(default=(), repr=False)
+    scores: tuple[TokenScore, ...] = field(default=(), repr=False)
 
     def followed_by(self, later: Chunk) -> Chunk:
         """Both in one."""

@@ -129,8 +129,9 @@ def check_result(
     wanted = [None if count is None else min(count, vocabulary) for count in asked]
     found = [None if entry is None else len(entry.alternatives) for entry in result.logprobs]
     if (found or [None] * header.sampled) != wanted:
+        # How many alternatives a client asked for is its own affair, and this text is logged.
         raise PipelineBroken(
-            f"step {header.step}: expected logprobs with {wanted} alternatives, found {found}"
+            f"step {header.step}: expected the logprobs that its sequences asked for, found others"
         )
     for token in result.tokens:
         if not 0 <= token < vocabulary:

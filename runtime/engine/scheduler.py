@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from runtime.engine.blocks import BlockAllocator, PrefixNames
@@ -132,7 +132,7 @@ class Step:
     """
 
     header: StepHeader
-    token_ids: list[int]
+    token_ids: list[int] = field(repr=False)
     parts: tuple[Part, ...]
     decodes: int
     admissions: tuple[Admission, ...]

@@ -63,7 +63,7 @@ log = logging.getLogger("bulkhead.shard")
 OPEN_DEADLINE_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Step:
     """One step on its way through a shard: the head's carries token ids, the others' a tensor.
 
@@ -76,7 +76,7 @@ class _Step:
     admissions: tuple[Admission, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Submitted:
     """What the head expects an answer to: a step, and the logprobs asked for of its tokens."""
 

@@ -2,7 +2,8 @@
 
 Both see prompts anyway; the stages between them would learn from sampling parameters and token ids
 what their role does not expose. So these travel in frames of their own over the link that brings
-results from the last stage to the head, in the other direction.
+results from the last stage to the head, in the other direction. Nor are they in any `repr`, which
+ends up in logs.
 
 An *admission frame* goes with each step whose header admits sequences, and is as little trusted:
 
@@ -16,10 +17,9 @@ An *admission frame* goes with each step whose header admits sequences, and is a
         biases x (u32 token id | f64 bias) | end tokens x u32 | prompt x u32 | output x u32
 """
 
-import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Final
 
@@ -47,6 +47,7 @@ __all__ = [
 
 MAX_BIASES: Final = 1024
 MAX_END_TOKENS: Final = 1024
+MAX_TEMPERATURE: Final = 100.0
 MAX_BIAS: Final = 100.0
 MAX_ADDED_PENALTY: Final = 2.0
 REPETITION_PENALTIES: Final = (0.01, 100.0)
@@ -58,12 +59,12 @@ _BIAS: Final = struct.Struct("<Id")
 _ID_BYTES: Final = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SamplingParameters:
     """How the last stage draws the tokens of a sequence.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; at most 100.
         top_p: in (0, 1]; 1 for no limit.
         top_k: 0 for no limit, otherwise at most the vocabulary.
         seed: unsigned, 64 bits.
@@ -116,10 +117,10 @@ class Admission:
     """
 
     slot: int
-    parameters: SamplingParameters
+    parameters: SamplingParameters = field(repr=False)
     first: int
-    prompt: tuple[int, ...] = ()
-    output: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = field(default=(), repr=False)
+    output: tuple[int, ...] = field(default=(), repr=False)
 
 
 def max_admission_bytes(limits: FrameLimits) -> int:
@@ -244,8 +245,8 @@ def _checked_parameters(
 ) -> SamplingParameters:
     top_k, min_tokens, logprobs, seed = (int(fields[index]) for index in (2, 3, 4, 9))
     temperature, top_p, min_p, presence, frequency, repetition = map(float, fields[10:])
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise FrameOutOfBounds(f"temperature: expected a finite number >= 0, found {temperature}")
+    # Above some 1e45 its inverse is 0 in float32, and 0 times minus infinity not a number.
+    _between("temperature", temperature, 0.0, MAX_TEMPERATURE)
     if not 0 < top_p <= 1:
         raise FrameOutOfBounds(f"top_p: expected a number in (0, 1], found {top_p}")
     _between("min_p", min_p, 0.0, 1.0)

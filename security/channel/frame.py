@@ -31,7 +31,7 @@ Capacity frame:
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, TypeAlias
 
 from security.errors import SecurityError
@@ -156,7 +156,7 @@ class StepHeader:
         return tuple(sequence.slot for sequence in self.sequences if sequence.admitted)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TokenLogprobs:
     """What the model thought of a token: natural logarithms of its raw distribution.
 
@@ -177,8 +177,8 @@ class StepResult:
     """
 
     step: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    tokens: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[TokenLogprobs | None, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

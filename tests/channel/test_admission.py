@@ -69,7 +69,7 @@ def admissions(draw: st.DrawFn) -> tuple[Admission, ...]:
         wanted = draw(
             st.builds(
                 SamplingParameters,
-                temperature=st.floats(0, 1e300),
+                temperature=st.floats(0, 100),
                 top_p=st.floats(0, 1, exclude_min=True),
                 top_k=st.integers(0, LIMITS.vocabulary),
                 seed=st.integers(0, 2**64 - 1),
@@ -140,7 +140,10 @@ NAN, INFINITY = float("nan"), float("inf")
         (_changed(output=(2**32 - 1,)), "token ids below 100"),
         ((Admission(0, GREEDY, 3, (1, 2, 3)),), "prompt tokens: expected 0"),
         ((Admission(0, GREEDY, 3, (), (1,)),), "output tokens: expected 0"),
-        *((_wanted(temperature=value), "temperature") for value in (-0.1, NAN, INFINITY)),
+        *(
+            (_wanted(temperature=value), "temperature")
+            for value in (-0.1, 100.1, 1e300, NAN, INFINITY)
+        ),
         *((_wanted(top_p=value), "top_p") for value in (0.0, 1.1, NAN)),
         *((_wanted(min_p=value), "min_p") for value in (-0.1, 1.1, NAN)),
         *((_wanted(presence_penalty=value), "presence") for value in (-2.1, 2.1, NAN, INFINITY)),

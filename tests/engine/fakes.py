@@ -5,6 +5,7 @@ from a digest of what it reads back through the block table. A wrong block, a wr
 block shared by two sequences, a skipped or repeated chunk: each changes the output.
 """
 
+import dataclasses
 import hashlib
 import struct
 from collections import deque
@@ -33,7 +34,7 @@ def next_token(tokens: list[int], sampling: SamplingParameters) -> int:
     """The model: a token that depends on every token before it and on the sampling."""
     text = struct.pack(f"<{len(tokens)}I", *tokens)
     if sampling.temperature:
-        text += repr(sampling).encode()
+        text += repr(dataclasses.astuple(sampling)).encode()
     # Printable ASCII, so that fake text is easy to look at.
     return 32 + hashlib.sha256(text).digest()[0] % 94
 

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ from starlette.routing import Route
 
 from runtime.engine.defaults import GenerationDefaults, generation_defaults
 from runtime.engine.engine import Engine
+from runtime.engine.errors import InvalidRequest
 from runtime.engine.openai import OpenAIService
 from runtime.engine.runner import Recovery
 from runtime.engine.tokenizer import TokenizerError
@@ -889,3 +891,37 @@ def test_the_model_s_defaults_count_where_the_request_is_silent():
             asked = request(chat_prompt("x"), count, sampling=wanted, end_tokens=frozenset({2}))
             text = Characters().decode(alone(asked))
             assert json.loads(content)["choices"][0]["message"]["content"] == text
+
+
+def test_a_short_body_cannot_ask_for_more_than_fits_the_memory(bench):
+    """100 kB that would be 256,000 requests with a prompt each."""
+    body = {"model": MODEL, "prompt": [[1] * 16] * 2000, "n": 128, "max_tokens": 4}
+    content = json.dumps(body, separators=(",", ":")).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="asks for 256000 outputs; expected at most"):
+            bench.service._prepare_completion(content)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50 * len(content)
+    with pytest.raises(InvalidRequest, match="asks for 128 outputs"):
+        bench.service._prepare_chat(json.dumps(chat_body() | {"n": 128}).encode())
+
+
+def test_choices_share_their_prompt(bench):
+    """128 choices of a long prompt are not 128 copies of it."""
+    body = {"model": MODEL, "prompt": [list(range(40)), [7] * 9], "n": 3, "max_tokens": 4}
+    _, requests = bench.service._prepare_completion(json.dumps(body).encode())
+    assert [len(request.prompt) for request in requests] == [40] * 3 + [9] * 3
+    assert len({id(request.prompt) for request in requests}) == 2
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "min_tokens", "seed", "n"])
+def test_an_integer_of_any_length_is_the_clients_fault(bench, field):
+    """Python refuses to print one of more than 4,300 digits, and reads one of so many."""
+    body = b'{"model": "org/tiny", "prompt": "x", "%s": %s}' % (field.encode(), b"9" * 4300)
+    response, content = asyncio.run(bench.call("/v1/completions", body))
+    assert response.status == 400
+    assert json.loads(content)["error"]["type"] == "invalid_request_error"
+    assert b"999" not in content

@@ -2,8 +2,9 @@
 
     tapped_process.py --tap DIR --directory SHARD_DIR
 
-Writes the hidden states that the stage computes and the token ids that it is given into DIR, in
-clear, and moves the control socket to SHARD_DIR/real, so that a tap can stand in its place.
+Writes the hidden states that the stage computes, the token ids that it is given and every message
+of its links into DIR, in clear, and moves the control socket to SHARD_DIR/real, so that a tap can
+stand in its place.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import sys
 from pathlib import Path
 
 from runtime.shard import process
+from runtime.shard.pipeline import Epoch
 from runtime.stage.stage import StageRunner
+from security.channel.link import Link
 
 _real_forward = StageRunner.forward
+_real_epoch = Epoch.__init__
+_real_send, _real_receive = Link.send, Link.receive
 
 
 def spy(directory: Path) -> None:
@@ -33,6 +38,33 @@ def spy(directory: Path) -> None:
         return output
 
     StageRunner.forward = forward
+    spy_on_links(directory)
+
+
+def spy_on_links(directory: Path) -> None:
+    """What this shard tells its neighbours and hears from them, as it reads it: decrypted."""
+    path = directory / "nobody.bin"
+
+    def epoch(self, **arguments):
+        nonlocal path
+        path = directory / f"messages-{arguments['role'].name}.bin"
+        _real_epoch(self, **arguments)
+
+    def record(content):
+        with path.open("ab") as file:
+            file.write(bytes(64) + content)
+
+    def send(self, parts):
+        record(b"".join(parts))
+        _real_send(self, parts)
+
+    def receive(self, max_bytes):
+        message = _real_receive(self, max_bytes)
+        record(bytes(message))
+        return message
+
+    Epoch.__init__ = epoch
+    Link.send, Link.receive = send, receive
 
 
 def main() -> None:

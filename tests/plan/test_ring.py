@@ -321,6 +321,29 @@ def test_admissions_that_no_step_takes_do_not_pile_up(
     wait_fault(pair, "AdmissionRefused: admission frames waiting: expected at most 3")
 
 
+@pytest.mark.parametrize("admission_first", [True, False])
+def test_an_admission_that_a_header_hides_is_noticed(
+    pair: Ring, as_head: tuple[Link, Link], admission_first: bool
+) -> None:
+    """A stage between clears the flag: the newcomer must not get its predecessor's parameters."""
+    up, down = as_head
+    agree(pair, up, down)
+    limits = frame_limits(pair.template)
+    up.send([encode_admissions(0, [ADMISSION])])
+    down.send(step(pair))
+    assert decode_result(up.receive(limits.max_result_bytes), limits).step == 0
+    newcomer = StepHeader(1, (SequenceStep(0, 0, 3, (0,), sampled=True, admitted=False),))
+    if admission_first:
+        up.send([encode_admissions(1, [ADMISSION])])
+        time.sleep(0.1)
+        down.send(step(pair, newcomer))
+    else:
+        down.send(step(pair, newcomer))
+        assert decode_result(up.receive(limits.max_result_bytes), limits).step == 1
+        up.send([encode_admissions(1, [ADMISSION])])
+    wait_fault(pair, "AdmissionRefused: step 1: expected a header that admits sequences")
+
+
 def test_admissions_outside_the_plan_are_refused(pair: Ring, as_head: tuple[Link, Link]) -> None:
     up, down = as_head
     agree(pair, up, down)

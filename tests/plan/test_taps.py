@@ -54,6 +54,20 @@ class Run:
         chance = random.Random(os.urandom(8))
         self.prompt = "".join(chance.choice(letters) for _ in range(96))
         self.ids = tuple(ALPHABET.index(letter) for letter in self.prompt)
+        self.credential = "Bearer sk-" + "".join(chance.sample(letters[:-1], 40))
+        # Values of the kind that a client writes, each unmistakable among random bytes.
+        self.seed = chance.getrandbits(64)
+        self.numbers = {
+            name: round(chance.uniform(low, low + 0.3), 12)
+            for name, low in (
+                ("temperature", 0.9),
+                ("top_p", 0.6),
+                ("presence_penalty", 0.1),
+                ("frequency_penalty", 0.1),
+                ("repetition_penalty", 1.05),
+            )
+        }
+        self.bias = round(chance.uniform(-0.5, 0.5), 12)
         roster = plan.roster()
         self.sealed, opener = EnvelopeClient(roster.head.shard_key, INSTANCE).seal(
             Request(
@@ -65,11 +79,14 @@ class Run:
                         "model": "test-model",
                         "prompt": self.prompt,
                         "max_tokens": 64,
-                        "temperature": 1,
-                        "seed": 5,
+                        "seed": self.seed,
+                        "logit_bias": {str(ALPHABET.index("q")): self.bias},
+                        "logprobs": 4,
                         "ignore_eos": True,
+                        **self.numbers,
                     }
                 ).encode(),
+                self.credential,
             )
         )
         self.ingress = roster.head.ingress_address
@@ -90,7 +107,7 @@ class Run:
             for stage, first in enumerate((0, *SPLITS))
         }
         self.secrets = Secrets(
-            texts=(self.prompt, self.answer),
+            texts=(self.prompt, self.answer, self.credential),
             tokens=(self.ids, answer_ids),
             tensors=tuple(self.tensors.items()),
         )
@@ -104,6 +121,14 @@ class Run:
             path.read_bytes() for path in plan.directory.rglob("*") if path.is_file()
         )
         self.controls = {role: bytes(tap.recorded) for role, tap in plan.controls.items()}
+        self.messages = {
+            role: (plan.spied / f"messages-{role}.bin").read_bytes() for role in plan.controls
+        }
+        self.parameters = {
+            "seed": struct.pack("<Q", self.seed),
+            "logit_bias": struct.pack("<d", self.bias),
+            **{name: struct.pack("<d", number) for name, number in self.numbers.items()},
+        }
 
     def exchange(self) -> Iterator[control_pb2.SealedRecord]:
         with grpc.insecure_channel(self.ingress) as channel:
@@ -177,6 +202,27 @@ def test_nothing_in_logs_and_other_files(run: Run) -> None:
     """Of shards and broker, while they run."""
     assert b"serving" in run.files and b"admitted" in run.files
     assert search(run.files, run.secrets) == set()
+
+
+def test_the_stages_between_hear_nothing_but_hidden_states(run: Run) -> None:
+    """A spy in each shard reads its links' messages in clear, as a stage that is curious could.
+
+    Admissions hold every sampling parameter and, because of the repetition penalty, the prompt:
+    the head sends them, the last stage receives them, and the one between sees none of it.
+    """
+    said = Secrets(texts=run.secrets.texts, tokens=run.secrets.tokens)
+    for role in ("stage-0", "stage-2"):
+        assert "tokens as u32" in search(run.messages[role], said), role
+        for name, packed in run.parameters.items():
+            assert packed in run.messages[role], (role, name)
+        # The credential stays in the head, whose links have no use for it.
+        assert run.credential.encode() not in run.messages[role]
+    between = run.messages["stage-1"]
+    assert run.tensors["stage-0"][:HIDDEN_BYTES] in between
+    assert search(between, said) == set()
+    for name, packed in run.parameters.items():
+        assert packed not in between and packed[::-1] not in between, name
+        assert packed not in bytes(64).join(run.streams.values()), name
 
 
 def test_replayed_request_is_refused(run: Run) -> None:

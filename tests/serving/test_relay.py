@@ -494,3 +494,25 @@ def test_many_streams_at_once_leave_nothing_behind() -> None:
         assert threading.active_count() < 50
 
     run(test)
+
+
+def test_what_cannot_be_sealed_is_the_clients_fault_and_no_tampered_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        async with (
+            head_answering(echo) as head,
+            running(relay_for(FixedDirectory(route_to(head)))) as client,
+        ):
+            typed = {b"content-type": "application/jsön".encode("latin-1")}
+            for response in (
+                await client.post("/v1/completions", content=b"{}", headers=typed),
+                await client.get("/v1/modelé"),
+            ):
+                assert response.status_code == 400
+                assert response.json()["error"]["code"] == "request_malformed"
+                assert response.json()["error"]["type"] == "invalid_request_error"
+            assert head.requests == []
+
+    run(test)
+    assert "refused" not in caplog.text

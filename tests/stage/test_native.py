@@ -15,7 +15,7 @@ from stage_variants import DESCRIBED, VARIANTS
 
 from runtime.stage.native import library, stack
 from runtime.stage.native.library import Library, Team, load_library
-from runtime.stage.native.stack import PackedLinear
+from runtime.stage.native.stack import PackedLinear, _RotationTables
 from runtime.stage.stage import StageRunner
 from security.channel.frame import SequenceStep, StepHeader
 from security.manifest import ModelFiles
@@ -198,6 +198,32 @@ def test_values_of_others_never_count(
     first = chain.stages[0].forward(header, token_ids=[1, 2, 3, 4, 5])
     chain.stages[0].reset()
     assert torch.equal(chain.stages[0].forward(header, token_ids=[1, 2, 3, 4, 5]), first)
+
+
+class ShortOfMemory:
+    """Rotations that run out of memory after the first table of a longer context."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def at(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        self.calls += 1
+        table = torch.ones(1, positions.shape[1], 8)
+        missing = torch.ones(1) if self.calls > 1 else table
+        return {"local": (table, table), "global": (missing, missing)}
+
+
+def test_tables_that_the_decoder_points_into_stay_when_longer_ones_fail() -> None:
+    """Otherwise the next step would read what has been freed."""
+    tables = _RotationTables(ShortOfMemory(), 4096)
+    tables.grow(100)
+    before = dict(tables.tables)
+    with pytest.raises(IndexError):
+        tables.grow(1000)
+    assert tables.tables.keys() == before.keys()
+    assert all(tables.tables[name] is before[name] for name in before)
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

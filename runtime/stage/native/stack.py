@@ -268,13 +268,16 @@ class _RotationTables:
     def grow(self, positions: int) -> int:
         """Sees that there are so many positions, or more; returns how many there are."""
         length = min(self._max_context, max(512, 1 << (positions - 1).bit_length()))
+        longer: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, pair in self._rotations.at(
             torch.empty(1, dtype=torch.float32), torch.arange(length)[None]
         ).items():
             cosines, sines = (
                 table[0, :, : table.shape[-1] // 2].float().contiguous() for table in pair
             )
-            self.tables[name] = (cosines, sines)
+            longer[name] = (cosines, sines)
+        # All or none: the decoder still points into the old ones where memory ran out above.
+        self.tables = longer
         return length
 
 
