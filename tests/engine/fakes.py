@@ -192,6 +192,9 @@ class Characters:
     def decode(self, token_ids: list[int]) -> str:
         return "".join(chr(token) for token in token_ids if token >= 32)
 
+    def has_text(self, token: int) -> bool:
+        return token >= 32
+
     def token_bytes(self, token: int) -> bytes:
         return b"<%d>" % token if token < 32 else bytes([token])
 
