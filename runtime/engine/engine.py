@@ -166,6 +166,18 @@ class Engine:
             )
         return max_tokens
 
+    def check_outputs(self, outputs: int) -> None:
+        """Refuses a request for more outputs than one tenant may ever have at once.
+
+        Raises:
+            InvalidRequest: with the number that is possible.
+        """
+        share = self.limits.max_live_of_tenant
+        if outputs > share:
+            raise InvalidRequest(
+                f"The request asks for {outputs} outputs; expected at most {share} at once."
+            )
+
     def submit(
         self, requests: Many[Request], post: Post | None = None, tenant: bytes = b""
     ) -> list[TokenStream]:
@@ -181,13 +193,11 @@ class Engine:
             Unavailable: the pipeline is down for too long, or the engine is stopping.
             InvalidRequest: a request that this engine can never serve.
         """
+        self.check_outputs(len(requests))
         for request in requests:
-            self.check(len(request.prompt), request.max_tokens)
+            prompt = len(request.prompt)
+            self.check(prompt, request.least_length - prompt)
         room, share = self.limits.max_live, self.limits.max_live_of_tenant
-        if len(requests) > share:
-            raise InvalidRequest(
-                f"The request asks for {len(requests)} outputs; expected at most {share} at once."
-            )
         receiver = post or asyncio.get_running_loop().call_soon_threadsafe
         with self._lock:
             if self._closed is not None:
@@ -296,7 +306,7 @@ class Engine:
     def _add(self, sequence: Sequence, post: Post) -> None:
         self._posts[sequence] = post
         self._scheduler.add(sequence)
-        self._fail_if_too_long(sequence)
+        self._fit(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
         if sequence.status is not Status.ENDED:
@@ -310,19 +320,20 @@ class Engine:
             if not self._live[sequence.tenant]:
                 del self._live[sequence.tenant]
 
-    def _fail_if_too_long(self, sequence: Sequence) -> None:
-        """Ends what fitted the cache when it was asked for, and never will again."""
+    def _fit(self, sequence: Sequence) -> None:
+        """Shortens or ends what fitted the cache when it was asked for, and never will again."""
         request = sequence.request
-        asked = len(request.prompt) + request.max_tokens
-        if asked > self.max_length:
+        if request.least_length > self.max_length:
             self._fail(
                 sequence,
                 ContextLengthExceeded(
                     f"The server recovered with less memory: its maximum context length is now "
-                    f"{self.max_length} tokens, and this request needs {asked}. Please reduce the "
-                    "length of the input or the completion."
+                    f"{self.max_length} tokens, and this request needs {request.least_length}. "
+                    "Please reduce the length of the input or the completion."
                 ),
             )
+            return
+        self._deliver(sequence, sequence.shorten(self.max_length - len(request.prompt)))
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._outbox.put(self._posts[sequence], sequence.sink, error)
@@ -357,7 +368,7 @@ class Engine:
             self._cache_blocks = min(self.limits.cache_blocks, self._runner.cache_blocks)
             self._scheduler.resize(self._cache_blocks)
             for sequence in list(self._posts):
-                self._fail_if_too_long(sequence)
+                self._fit(sequence)
             with self._lock:
                 self._closed = None
             _log.info("pipeline up with %d cache blocks", self._cache_blocks)

@@ -265,8 +265,10 @@ class OpenAIService:
                 "min_tokens: every token would end the output; name fewer stop_token_ids.",
                 "min_tokens",
             )
+        # Before they are made: a short body can ask for very many.
+        self._engine.check_outputs(len(prompts) * options.choices)
         requests: list[Request] = []
-        for prompt in prompts:
+        for prompt in map(tuple, prompts):
             if any(not 0 <= token < vocabulary for token in prompt):
                 raise InvalidRequest("The prompt has tokens outside the model's vocabulary.")
             max_tokens = self._engine.check(len(prompt), options.max_tokens)
@@ -297,9 +299,12 @@ class OpenAIService:
                 )
                 requests.append(
                     Request(
-                        prompt=tuple(prompt),
+                        prompt=prompt,
                         sampling=sampling,
                         max_tokens=max_tokens,
+                        needed_tokens=(
+                            max(1, options.min_tokens) if options.max_tokens is None else max_tokens
+                        ),
                         end_tokens=end_tokens,
                         stop=options.stop,
                         include_stop=options.include_stop,
@@ -321,7 +326,8 @@ class OpenAIService:
         if options.stream:
             return Response(200, EVENT_STREAM, Body(_events(shape, streams, usage), close))
         try:
-            outputs = await asyncio.gather(*(_collect(stream) for stream in streams))
+            # One after the other: what comes of the others meanwhile waits in their streams.
+            outputs = [await _collect(stream) for stream in streams]
         finally:
             close()
         for index, output in enumerate(outputs):
@@ -547,25 +553,25 @@ async def _events(
 
 async def _merge(streams: list[TokenStream]) -> AsyncIterator[tuple[int, Chunk | None]]:
     """Chunks of all streams with their stream's number; None after a silence."""
-    tasks: dict[asyncio.Task[Chunk], int] = {
-        asyncio.ensure_future(stream.next()): index for index, stream in enumerate(streams)
-    }
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(
-                tasks, timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                yield 0, None
-            for task in sorted(done, key=tasks.__getitem__):
-                index = tasks.pop(task)
-                chunk = task.result()
-                if chunk.finish is None:
-                    tasks[asyncio.ensure_future(streams[index].next())] = index
-                yield index, chunk
-    finally:
-        for task in tasks:
-            task.cancel()
+    arrived = asyncio.Event()
+    for stream in streams:
+        stream.announce(arrived)
+    left = dict(enumerate(streams))
+    while left:
+        try:
+            async with asyncio.timeout(KEEPALIVE_S):
+                await arrived.wait()
+        except TimeoutError:
+            yield 0, None
+            continue
+        arrived.clear()
+        for index, stream in list(left.items()):
+            chunk = stream.take()
+            if chunk is None:
+                continue
+            if chunk.finish is not None:
+                del left[index]
+            yield index, chunk
 
 
 def _given(value: _T | None, default: _T) -> _T:

@@ -27,6 +27,8 @@ MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_END_TOKENS = 256
+# Far above any context, and short enough to be written into a message.
+MAX_TOKENS = 2**31 - 1
 
 # Names a rendering sets itself.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -172,8 +174,8 @@ def parse_chat(body: bytes, vocabulary: int) -> ChatBody:
                 f"chat_template_kwargs: expected none of {', '.join(_RESERVED)}.",
                 "chat_template_kwargs",
             )
-    max_tokens = reader.integer("max_completion_tokens", 1, None)
-    older = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_completion_tokens", 1, MAX_TOKENS)
+    older = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = _chat_logprobs(reader)
     options = _options(
         reader, vocabulary, max_tokens if max_tokens is not None else older, logprobs
@@ -191,7 +193,7 @@ def parse_completion(body: bytes, vocabulary: int) -> CompletionBody:
     """
     reader = _Reader(body)
     prompts = _prompts(reader.take("prompt"), vocabulary)
-    max_tokens = reader.integer("max_tokens", 1, None)
+    max_tokens = reader.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = reader.integer("logprobs", 0, MAX_ALTERNATIVES)
     options = _options(reader, vocabulary, 16 if max_tokens is None else max_tokens, logprobs)
     # best_of draws more outputs than it returns, unless it equals n.
@@ -397,7 +399,7 @@ def _logit_bias(biases: dict[str, object], vocabulary: int) -> tuple[tuple[int, 
 
 
 def _min_tokens(reader: _Reader, max_tokens: int | None) -> int:
-    least = reader.integer("min_tokens", 0, None) or 0
+    least = reader.integer("min_tokens", 0, MAX_TOKENS) or 0
     if max_tokens is not None and least > max_tokens:
         raise InvalidRequest("min_tokens: expected at most as many as max_tokens.", "min_tokens")
     return least

@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -248,6 +249,35 @@ def test_an_epoch_with_less_cache_ends_what_no_longer_fits_and_refuses_it_from_t
     runner.break_next()
     settle(engine, [Reader(engine.submit([short], post=run_here)[0])])
     assert engine.max_length == 64 and engine.status().total_blocks == 16
+    assert_nothing_held(engine)
+
+
+def test_an_epoch_with_less_cache_shortens_what_nobody_asked_to_be_so_long():
+    engine, runner = make(limits(cache_blocks=16, block_size=4, max_context=64))
+    ends_here, goes_on = request("e" * 20, 44), request("goes on", 57)
+    asked = [
+        replace(ends_here, needed_tokens=1),
+        replace(goes_on, needed_tokens=1),
+        replace(request("l" * 20, 44), needed_tokens=13),
+    ]
+    readers = [Reader(s) for s in engine.submit(asked, post=run_here)]
+    running = engine._scheduler.running
+    while not running or len(running[0].output) < 14:
+        engine.turn()
+    runner.next_cache_blocks = 8
+    runner.break_next()
+    settle(engine, readers)
+    # What is there already is longer than what fits now, or ends where the smaller cache does.
+    assert readers[0].text == Characters().decode(alone(ends_here)[: len(readers[0].text)])
+    assert 14 <= len(readers[0].text) < 44
+    assert readers[1].text == Characters().decode(alone(goes_on)[:25])
+    assert all(r.chunks[-1].finish is FinishReason.LENGTH for r in readers[:2])
+    assert readers[1].chunks[-1].tokens == 25
+    assert isinstance(readers[2].error, ContextLengthExceeded)
+    # One that was prepared before the cache shrank gets what there is, too.
+    late = Reader(engine.submit([asked[1]], post=run_here)[0])
+    settle(engine, [late])
+    assert late.text == readers[1].text
     assert_nothing_held(engine)
 
 
