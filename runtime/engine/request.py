@@ -186,10 +186,17 @@ class Sequence:
             output=tuple(self.output) if wanted.counts_output else (),
         )
 
-    def accept(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk | None:
-        """Takes the next token; returns the news for the client, if there is any."""
+    def append(self, token: int) -> bool:
+        """Takes the next token; returns whether it is the last, as far as tokens say."""
         self.output.append(token)
         self.breaks = 0
+        return token in self.request.end_tokens or len(self.output) >= self.max_tokens
+
+    def tell(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk | None:
+        """The news for the client, if there is any, of the token appended last.
+
+        Where its text completes a stop string, the output ends with it.
+        """
         ids = (token,) if self.request.show_ids else ()
         ended = token in self.request.end_tokens
         text = ""

@@ -324,6 +324,60 @@ def test_one_delivery_for_each_step():
     assert len(deliveries) == 10
 
 
+def test_text_is_made_while_the_next_step_is_computed():
+    bounds = limits()
+    runner = FakeRunner(bounds, depth=2)
+    in_flight = []
+
+    class Watching(Characters):
+        def decode(self, token_ids):
+            in_flight.append(len(runner._flying))
+            return super().decode(token_ids)
+
+    engine = Engine(bounds, runner, Watching(), 5.0, clock=runner.clock)
+    asked = [request("one", 9), request("two", 9, stop=("~never",))]
+    readers = [Reader(s) for s in engine.submit(asked, post=run_here)]
+    settle(engine, readers)
+    assert [r.text for r in readers] == [answer(r) for r in asked]
+    # Only behind the last tokens comes no step.
+    busy = [count > 0 for count in in_flight]
+    assert busy == sorted(busy, reverse=True) and busy.count(True) > 5 * busy.count(False)
+    assert_nothing_held(engine)
+
+
+def test_cancelling_between_a_token_and_its_text():
+    """Whether the output goes on, or has ended and nobody has been told."""
+    for tokens in (1, 9):
+        engine, _ = make(limits(max_sequences=1))
+        reader = Reader(engine.submit([request("gone", tokens)], post=run_here)[0])
+        while not engine._untold:
+            engine.turn()
+        reader.stream.cancel()
+        other = Reader(engine.submit([request("kept", 5)], post=run_here)[0])
+        settle(engine, [other])
+        reader.drain()
+        assert not reader.chunks and other.text == answer(request("kept", 5))
+        assert_nothing_held(engine)
+
+
+def test_a_token_that_came_before_a_break_is_told():
+    engine, runner = make(limits(), depth=2)
+    readers = [Reader(s) for s in engine.submit([request("a", 1), request("b", 6)], post=run_here)]
+    while not engine._untold:
+        engine.turn()
+    # The next step cannot even be submitted.
+    runner.up = runner.may_come_up = False
+    engine.turn()
+    for reader in readers:
+        reader.drain()
+    assert [len(r.text) for r in readers] == [1, 1]
+    assert readers[0].ended and not readers[1].ended
+    runner.may_come_up = True
+    settle(engine, readers)
+    assert readers[1].text == answer(request("b", 6))
+    assert_nothing_held(engine)
+
+
 def test_a_receiver_that_is_gone_harms_nobody():
     engine, _ = make(limits())
 
