@@ -25,6 +25,7 @@ from runtime.engine.errors import (
     BodyTooLong,
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
     PathNotFound,
     RequestError,
     UnsupportedMediaType,
@@ -47,9 +48,12 @@ LEAST_TEMPERATURE = 1e-5
 # Comments that keep proxies from closing a stream that pauses while the pipeline recovers.
 KEEPALIVE_S = 15.0
 PREPARING_THREADS = 2
+# So many of the longest bodies may be in memory before they are read; usual ones are far shorter.
+BODIES_WAITING = 4
 
 Document = dict[str, object]
 _T = TypeVar("_T")
+_Prepared = tuple[Options, list[Request]]
 
 
 class TextCodec(Protocol):
@@ -137,6 +141,7 @@ class OpenAIService:
         self._model = model
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
+        self._waiting_bytes = 0
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
         self._routes: dict[str, tuple[str, Callable[[bytes, bytes], Awaitable[Response]]]] = {
             "/v1/models": ("GET", self._models),
@@ -211,20 +216,31 @@ class OpenAIService:
         )
 
     async def _completions(self, body: bytes, tenant: bytes) -> Response:
-        loop = asyncio.get_running_loop()
-        options, requests = await loop.run_in_executor(
-            self._preparing, self._prepare_completion, body
-        )
+        options, requests = await self._prepared(self._prepare_completion, body)
         shape = _Completions(self._model, options, self._codec)
         return await self._answer(shape, options, requests, tenant)
 
     async def _chat(self, body: bytes, tenant: bytes) -> Response:
-        loop = asyncio.get_running_loop()
-        options, requests = await loop.run_in_executor(self._preparing, self._prepare_chat, body)
+        options, requests = await self._prepared(self._prepare_chat, body)
         shape = _Chats(self._model, options, self._codec)
         return await self._answer(shape, options, requests, tenant)
 
-    def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
+    async def _prepared(self, prepare: Callable[[bytes], _Prepared], body: bytes) -> _Prepared:
+        """Reads a body in a thread; what waits for one is bounded, as bodies are large."""
+        most = BODIES_WAITING * self._max_body_bytes
+        if self._waiting_bytes + len(body) > most:
+            raise Overloaded(
+                f"Requests of {self._waiting_bytes} bytes are being read, at most {most} may be. "
+                "Retry later."
+            )
+        self._waiting_bytes += len(body)
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._preparing, prepare, body)
+        finally:
+            self._waiting_bytes -= len(body)
+
+    def _prepare_completion(self, body: bytes) -> _Prepared:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
         self._check_model(parsed.options)
         limit = self._engine.max_length
@@ -236,7 +252,7 @@ class OpenAIService:
         ]
         return parsed.options, self._requests(prompts, parsed.options)
 
-    def _prepare_chat(self, body: bytes) -> tuple[Options, list[Request]]:
+    def _prepare_chat(self, body: bytes) -> _Prepared:
         parsed: ChatBody = parse_chat(body, self._engine.limits.vocabulary)
         options = parsed.options
         self._check_model(options)

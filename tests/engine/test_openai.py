@@ -675,6 +675,43 @@ def test_absurd_numbers_of_outputs_are_refused_before_they_are_made():
     assert peak < 10_000_000
 
 
+def test_long_bodies_that_wait_to_be_read_are_bounded():
+    """The service's bodies may have 100,000 bytes; four such may wait."""
+
+    class Slow(Characters):
+        def render(self, messages, arguments=None):
+            assert go_on.wait(20)
+            return super().render(messages[:1])
+
+    go_on = threading.Event()
+    long = chat_body(max_tokens=1)
+    long["messages"] = [*long["messages"], {"role": "user", "content": "x" * 90_000}]
+    with Bench(Slow()) as bench:
+
+        async def scenario():
+            waiting = [
+                asyncio.ensure_future(bench.call("/v1/chat/completions", long)) for _ in range(4)
+            ]
+            await asyncio.sleep(0)
+            refused, content = await bench.call("/v1/chat/completions", long)
+            other, _ = await bench.call("/v1/completions", long)
+            waiting.pop().cancel()
+            short = asyncio.ensure_future(
+                bench.call("/v1/chat/completions", chat_body(max_tokens=1))
+            )
+            await asyncio.sleep(0)
+            go_on.set()
+            answers = [await task for task in [*waiting, short]]
+            again, _ = await bench.call("/v1/chat/completions", long)
+            return refused, content, other, answers, again
+
+        refused, content, other, answers, again = asyncio.run(scenario())
+    assert (refused.status, refused.retry_after_s, other.status) == (429, 1, 429)
+    assert json.loads(content)["error"]["code"] == "rate_limit_exceeded"
+    assert [response.status for response, _ in answers] == [200] * 4
+    assert again.status == 200
+
+
 def test_choices_share_their_prompt():
     with Bench() as bench:
         body = {"model": MODEL, "prompt": [5] * 100, "n": 8, "max_tokens": 1}
