@@ -39,6 +39,10 @@ class _NoText:
         """Nothing: answers are token ids."""
         return ""
 
+    def has_text(self, token: int) -> bool:
+        """None has."""
+        return False
+
 
 class LocalEngine:
     """An engine over one stage that has all layers."""

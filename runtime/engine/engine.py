@@ -26,7 +26,7 @@ from runtime.engine.runner import PipelineBroken, Recovery, StepRunner
 from runtime.engine.scheduler import EngineLimits, Scheduler, Step
 from runtime.engine.stream import Outbox, Post, TokenStream
 from runtime.engine.text import OutputText, TokenDecoder
-from security.channel.frame import StepResult
+from security.channel.frame import StepResult, TokenLogprobs
 
 __all__ = ["Engine", "EngineStatus"]
 
@@ -88,6 +88,8 @@ class Engine:
         # With the time at which each was handed to the runner.
         self._in_flight: deque[tuple[Step, float]] = deque()
         self._last_result = clock()
+        # Tokens of the newest result, whose text nobody knows yet.
+        self._untold: list[tuple[Sequence, int, TokenLogprobs | None]] = []
         # What the cache of the newest epoch holds; read by submitters.
         self._cache_blocks = limits.cache_blocks
         self._posts: dict[Sequence, Post] = {}
@@ -166,8 +168,12 @@ class Engine:
             )
         return max_tokens
 
-    def check_count(self, outputs: int) -> None:
-        """Raises InvalidRequest for more outputs than one client may ever ask for at once."""
+    def check_outputs(self, outputs: int) -> None:
+        """Refuses a request for more outputs than one tenant may ever have at once.
+
+        Raises:
+            InvalidRequest: with the number that is possible.
+        """
         share = self.limits.max_live_of_tenant
         if outputs > share:
             raise InvalidRequest(
@@ -189,9 +195,10 @@ class Engine:
             Unavailable: the pipeline is down for too long, or the engine is stopping.
             InvalidRequest: a request that this engine can never serve.
         """
-        self.check_count(len(requests))
+        self.check_outputs(len(requests))
         for request in requests:
-            self.check(len(request.prompt), request.max_tokens)
+            prompt = len(request.prompt)
+            self.check(prompt, request.least_length - prompt)
         room, share = self.limits.max_live, self.limits.max_live_of_tenant
         receiver = post or asyncio.get_running_loop().call_soon_threadsafe
         with self._lock:
@@ -243,10 +250,15 @@ class Engine:
         self._outbox.flush()
 
     def _step(self) -> None:
-        """Fills the pipeline and takes one result."""
+        """Fills the pipeline and takes one result.
+
+        What became text in the result before is told meanwhile: no stage waits for that.
+        """
         try:
             while len(self._in_flight) < self._runner.depth and (step := self._schedule()):
                 self._runner.submit(step.header, step.token_ids, step.admissions)
+            self._tell()
+            self._outbox.flush()
             if self._in_flight:
                 result = self._runner.result(self._step_deadline_s)
                 step, submitted = self._in_flight.popleft()
@@ -258,7 +270,8 @@ class Engine:
     def _take_commands(self) -> None:
         """Arrivals and cancellations; waits for some when there is nothing else to do."""
         scheduler = self._scheduler
-        busy = self._in_flight or scheduler.waiting or scheduler.running or not self._up
+        work = (self._in_flight, self._untold, scheduler.waiting, scheduler.running)
+        busy = not self._up or any(work)
         try:
             if not busy:
                 self._outage_since = None
@@ -290,7 +303,20 @@ class Engine:
         for part, token, entry in zip(sampled, result.tokens, logprobs, strict=True):
             # Of a sequence that was cancelled meanwhile nobody wants the token.
             if part.current:
-                self._deliver(part.sequence, part.sequence.accept(token, entry))
+                self._untold.append((part.sequence, token, entry))
+                if part.sequence.append(token):
+                    self._scheduler.end(part.sequence)
+
+    def _tell(self) -> None:
+        """Turns the tokens of the newest result into text; a stop string in it ends an output.
+
+        Such an output may be in a step already, which then computes that part for nothing.
+        """
+        untold, self._untold = self._untold, []
+        for sequence, token, entry in untold:
+            # One that was cancelled meanwhile has no reader.
+            if sequence in self._posts:
+                self._deliver(sequence, sequence.tell(token, entry))
 
     def _deliver(self, sequence: Sequence, chunk: Chunk | None) -> None:
         if chunk is not None:
@@ -301,33 +327,35 @@ class Engine:
     def _add(self, sequence: Sequence, post: Post) -> None:
         self._posts[sequence] = post
         self._scheduler.add(sequence)
-        self._fail_if_too_long(sequence)
+        self._fit(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
-        if sequence.status is not Status.ENDED:
+        if sequence in self._posts:
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        self._scheduler.end(sequence)
+        if sequence.status is not Status.ENDED:
+            self._scheduler.end(sequence)
         del self._posts[sequence]
         with self._lock:
             self._live[sequence.tenant] -= 1
             if not self._live[sequence.tenant]:
                 del self._live[sequence.tenant]
 
-    def _fail_if_too_long(self, sequence: Sequence) -> None:
-        """Ends what fitted the cache when it was asked for, and never will again."""
+    def _fit(self, sequence: Sequence) -> None:
+        """Shortens or ends what fitted the cache when it was asked for, and never will again."""
         request = sequence.request
-        asked = len(request.prompt) + request.max_tokens
-        if asked > self.max_length:
+        if request.least_length > self.max_length:
             self._fail(
                 sequence,
                 ContextLengthExceeded(
                     f"The server recovered with less memory: its maximum context length is now "
-                    f"{self.max_length} tokens, and this request needs {asked}. Please reduce the "
-                    "length of the input or the completion."
+                    f"{self.max_length} tokens, and this request needs {request.least_length}. "
+                    "Please reduce the length of the input or the completion."
                 ),
             )
+            return
+        self._deliver(sequence, sequence.shorten(self.max_length - len(request.prompt)))
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._outbox.put(self._posts[sequence], sequence.sink, error)
@@ -337,6 +365,7 @@ class Engine:
         """The pipeline broke: back to the queue with everything, outputs kept."""
         _log.warning("pipeline broken: %s", broken)
         self._up = False
+        self._tell()
         # In order and each once: a prompt may be in several steps.
         suspects = dict.fromkeys(
             part.sequence for step, _ in self._in_flight for part in step.parts if part.current
@@ -362,7 +391,7 @@ class Engine:
             self._cache_blocks = min(self.limits.cache_blocks, self._runner.cache_blocks)
             self._scheduler.resize(self._cache_blocks)
             for sequence in list(self._posts):
-                self._fail_if_too_long(sequence)
+                self._fit(sequence)
             with self._lock:
                 self._closed = None
             _log.info("pipeline up with %d cache blocks", self._cache_blocks)
@@ -387,6 +416,7 @@ class Engine:
         # Nothing enters the queue of commands any more; what is in it is still served.
         while not self._commands.empty():
             self._commands.get_nowait()()
+        self._tell()
         self._in_flight.clear()
         self._scheduler.reset()
         for sequence in list(self._posts):

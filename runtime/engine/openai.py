@@ -25,6 +25,7 @@ from runtime.engine.errors import (
     BodyTooLong,
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
     PathNotFound,
     RequestError,
     UnsupportedMediaType,
@@ -47,9 +48,12 @@ LEAST_TEMPERATURE = 1e-5
 # Comments that keep proxies from closing a stream that pauses while the pipeline recovers.
 KEEPALIVE_S = 15.0
 PREPARING_THREADS = 2
+# So many of the longest bodies may be in memory before they are read; usual ones are far shorter.
+BODIES_WAITING = 4
 
 Document = dict[str, object]
 _T = TypeVar("_T")
+_Prepared = tuple[Options, list[Request]]
 
 
 class TextCodec(Protocol):
@@ -137,6 +141,7 @@ class OpenAIService:
         self._model = model
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
+        self._waiting_bytes = 0
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
         self._routes: dict[str, tuple[str, Callable[[bytes, bytes], Awaitable[Response]]]] = {
             "/v1/models": ("GET", self._models),
@@ -211,24 +216,35 @@ class OpenAIService:
         )
 
     async def _completions(self, body: bytes, tenant: bytes) -> Response:
-        loop = asyncio.get_running_loop()
-        options, requests = await loop.run_in_executor(
-            self._preparing, self._prepare_completion, body
-        )
+        options, requests = await self._prepared(self._prepare_completion, body)
         shape = _Completions(self._model, options, self._codec)
         return await self._answer(shape, options, requests, tenant)
 
     async def _chat(self, body: bytes, tenant: bytes) -> Response:
-        loop = asyncio.get_running_loop()
-        options, requests = await loop.run_in_executor(self._preparing, self._prepare_chat, body)
+        options, requests = await self._prepared(self._prepare_chat, body)
         shape = _Chats(self._model, options, self._codec)
         return await self._answer(shape, options, requests, tenant)
 
-    def _prepare_completion(self, body: bytes) -> tuple[Options, list[Request]]:
+    async def _prepared(self, prepare: Callable[[bytes], _Prepared], body: bytes) -> _Prepared:
+        """Reads a body in a thread; what waits for one is bounded, as bodies are large."""
+        most = BODIES_WAITING * self._max_body_bytes
+        if self._waiting_bytes + len(body) > most:
+            raise Overloaded(
+                f"Requests of {self._waiting_bytes} bytes are being read, at most {most} may be. "
+                "Retry later."
+            )
+        self._waiting_bytes += len(body)
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._preparing, prepare, body)
+        finally:
+            self._waiting_bytes -= len(body)
+
+    def _prepare_completion(self, body: bytes) -> _Prepared:
         parsed = parse_completion(body, self._engine.limits.vocabulary)
         self._check_model(parsed.options)
         # A short body may ask for so many that the requests alone would fill the memory.
-        self._engine.check_count(len(parsed.prompts) * parsed.options.choices)
+        self._engine.check_outputs(len(parsed.prompts) * parsed.options.choices)
         limit = self._engine.max_length
         prompts = [
             self._codec.encode(prompt, limit, special_tokens=True)
@@ -238,11 +254,11 @@ class OpenAIService:
         ]
         return parsed.options, self._requests(prompts, parsed.options)
 
-    def _prepare_chat(self, body: bytes) -> tuple[Options, list[Request]]:
+    def _prepare_chat(self, body: bytes) -> _Prepared:
         parsed: ChatBody = parse_chat(body, self._engine.limits.vocabulary)
         options = parsed.options
         self._check_model(options)
-        self._engine.check_count(options.choices)
+        self._engine.check_outputs(options.choices)
         text = self._codec.render(parsed.messages, parsed.template_arguments)
         prompt = self._codec.encode(text, self._engine.max_length, special_tokens=False)
         return options, self._requests([prompt], options)
@@ -269,7 +285,8 @@ class OpenAIService:
                 "min_tokens",
             )
         requests: list[Request] = []
-        for prompt in prompts:
+        # One tuple for all choices: they may be many, and prompts long.
+        for prompt in map(tuple, prompts):
             if any(not 0 <= token < vocabulary for token in prompt):
                 raise InvalidRequest("The prompt has tokens outside the model's vocabulary.")
             max_tokens = self._engine.check(len(prompt), options.max_tokens)
@@ -280,8 +297,6 @@ class OpenAIService:
                     f"min_tokens: expected at most the {max_tokens} that the context leaves.",
                     "min_tokens",
                 )
-            # One tuple for all choices: they may be many, and prompts long.
-            shared = tuple(prompt)
             for _ in range(options.choices):
                 sampling = SamplingParameters(
                     temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
@@ -302,9 +317,12 @@ class OpenAIService:
                 )
                 requests.append(
                     Request(
-                        prompt=shared,
+                        prompt=prompt,
                         sampling=sampling,
                         max_tokens=max_tokens,
+                        needed_tokens=(
+                            max(1, options.min_tokens) if options.max_tokens is None else max_tokens
+                        ),
                         end_tokens=end_tokens,
                         stop=options.stop,
                         include_stop=options.include_stop,
@@ -326,7 +344,8 @@ class OpenAIService:
         if options.stream:
             return Response(200, EVENT_STREAM, Body(_events(shape, streams, usage), close))
         try:
-            outputs = await asyncio.gather(*(_collect(stream) for stream in streams))
+            # One after the other: what comes of the others meanwhile waits in their streams.
+            outputs = [await _collect(stream) for stream in streams]
         finally:
             close()
         for index, output in enumerate(outputs):
@@ -552,25 +571,25 @@ async def _events(
 
 async def _merge(streams: list[TokenStream]) -> AsyncIterator[tuple[int, Chunk | None]]:
     """Chunks of all streams with their stream's number; None after a silence."""
-    tasks: dict[asyncio.Task[Chunk], int] = {
-        asyncio.ensure_future(stream.next()): index for index, stream in enumerate(streams)
-    }
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(
-                tasks, timeout=KEEPALIVE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                yield 0, None
-            for task in sorted(done, key=tasks.__getitem__):
-                index = tasks.pop(task)
-                chunk = task.result()
-                if chunk.finish is None:
-                    tasks[asyncio.ensure_future(streams[index].next())] = index
-                yield index, chunk
-    finally:
-        for task in tasks:
-            task.cancel()
+    arrived = asyncio.Event()
+    for stream in streams:
+        stream.announce(arrived)
+    left = dict(enumerate(streams))
+    while left:
+        try:
+            async with asyncio.timeout(KEEPALIVE_S):
+                await arrived.wait()
+        except TimeoutError:
+            yield 0, None
+            continue
+        arrived.clear()
+        for index, stream in list(left.items()):
+            chunk = stream.take()
+            if chunk is None:
+                continue
+            if chunk.finish is not None:
+                del left[index]
+            yield index, chunk
 
 
 def _given(value: _T | None, default: _T) -> _T:

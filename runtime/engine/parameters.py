@@ -27,8 +27,8 @@ MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_END_TOKENS = 256
-# Far above any context; Python reads integers that are too long for it to print.
-MAX_TOKENS = 2**63 - 1
+# Far above any context, and short enough to be written into a message.
+MAX_TOKENS = 2**31 - 1
 
 # Names a rendering sets itself.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -399,7 +399,7 @@ def _logit_bias(biases: dict[str, object], vocabulary: int) -> tuple[tuple[int, 
 
 
 def _min_tokens(reader: _Reader, max_tokens: int | None) -> int:
-    least = reader.integer("min_tokens", 0, None) or 0
+    least = reader.integer("min_tokens", 0, MAX_TOKENS) or 0
     if max_tokens is not None and least > max_tokens:
         raise InvalidRequest("min_tokens: expected at most as many as max_tokens.", "min_tokens")
     return least

@@ -44,6 +44,9 @@ class Request:
         stop: strings that end the output; not shown, unless `include_stop`.
         include_stop: whether the stop string that ends the output is its last text.
         show_ids: whether the news of the output holds token ids, too.
+        needed_tokens: tokens of output that there must be room for; None for all of `max_tokens`.
+            Fewer where the client left the length to the server: then the output may end earlier
+            than planned, where the cache becomes smaller.
     """
 
     prompt: tuple[int, ...] = field(repr=False)
@@ -53,6 +56,13 @@ class Request:
     stop: tuple[str, ...] = field(default=(), repr=False)
     include_stop: bool = False
     show_ids: bool = False
+    needed_tokens: int | None = None
+
+    @property
+    def least_length(self) -> int:
+        """Positions that a cache must have for it."""
+        needed = self.max_tokens if self.needed_tokens is None else self.needed_tokens
+        return len(self.prompt) + needed
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -101,6 +111,7 @@ class Sequence:
         tenant: who shares cached prefixes and turns with it.
         rank: its place among all sequences, given once by the scheduler; the lowest comes first.
         output: tokens produced; only ever grows.
+        max_tokens: of output, as asked for or as the cache leaves room for.
         computed: positions whose keys and values are in the cache, the steps in flight excepted.
         planned: positions that will be there when the steps in flight have come back.
         blocks: cache blocks held, in order of position.
@@ -128,6 +139,7 @@ class Sequence:
         self.tenant = tenant
         self.rank: tuple[int, int] | None = None
         self.output: list[int] = []
+        self.max_tokens = request.max_tokens
         self.computed = 0
         self.planned = 0
         self.blocks: list[int] = []
@@ -177,10 +189,17 @@ class Sequence:
             output=tuple(self.output) if wanted.counts_output else (),
         )
 
-    def accept(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk | None:
-        """Takes the next token; returns the news for the client, if there is any."""
+    def append(self, token: int) -> bool:
+        """Takes the next token; returns whether it is the last, as far as tokens say."""
         self.output.append(token)
         self.breaks = 0
+        return token in self.request.end_tokens or len(self.output) >= self.max_tokens
+
+    def tell(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk | None:
+        """The news for the client, if there is any, of the token appended last.
+
+        Where its text completes a stop string, the output ends with it.
+        """
         ids = (token,) if self.request.show_ids else ()
         ended = token in self.request.end_tokens
         text = ""
@@ -188,8 +207,16 @@ class Sequence:
             if logprobs is not None:
                 self._scores.append(TokenScore(token, self._text.produced, logprobs))
             text = self._text.push(token)
+        return self._news(text, ids, ended)
+
+    def shorten(self, max_tokens: int) -> Chunk | None:
+        """Ends the output after so many tokens; at once, with the news, where it has them."""
+        self.max_tokens = min(self.max_tokens, max_tokens)
+        return self._news("", (), False)
+
+    def _news(self, text: str, ids: tuple[int, ...], ended: bool) -> Chunk | None:
         finish: FinishReason | None = None
-        if ended or self._text.stopped or len(self.output) == self.request.max_tokens:
+        if ended or self._text.stopped or len(self.output) >= self.max_tokens:
             if not self._text.stopped:
                 text += self._text.finish()
             stopped = ended or self._text.stopped

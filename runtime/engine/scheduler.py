@@ -356,6 +356,8 @@ class Scheduler:
         always fits.
         """
         missing = self.blocks.needed(sequence.length) - len(sequence.blocks)
+        if not missing:
+            return True
         while self.blocks.free < missing:
             # A decode in flight brings a token, which is too good to lose; a chunk does not.
             victim = self.running[-1]

@@ -44,24 +44,35 @@ class TokenStream:
             self._chunk = self._chunk.followed_by(event)
         self._arrived.set()
 
-    async def next(self) -> Chunk:
-        """Waits for news. After a chunk with a finish reason there is none.
+    def announce(self, arrived: asyncio.Event) -> None:
+        """Sets this event, instead of one of its own, for news that has come or will come."""
+        if self._arrived.is_set():
+            arrived.set()
+        self._arrived = arrived
+
+    def take(self) -> Chunk | None:
+        """The news that is there, without waiting. After a chunk with a finish reason comes none.
 
         Raises:
-            RequestError: the output ends without having been completed.
+            RequestError: the output ends without having been completed. Text that arrived before
+                it is taken before it.
         """
-        await self._arrived.wait()
-        self._arrived.clear()
-        # Text that arrived before the error is delivered before the error.
         chunk, self._chunk = self._chunk, None
         if chunk is not None:
             self._ended = chunk.finish is not None
             if self._error is not None:
                 self._arrived.set()
-            return chunk
-        assert self._error is not None, "the event is set with news only"
-        self._ended = True
-        raise self._error
+        elif self._error is not None:
+            self._ended = True
+            raise self._error
+        return chunk
+
+    async def next(self) -> Chunk:
+        """Waits for news; otherwise as `take`."""
+        while (chunk := self.take()) is None:
+            await self._arrived.wait()
+            self._arrived.clear()
+        return chunk
 
     def cancel(self) -> None:
         """Nobody wants the rest: the engine stops computing it and frees what it holds."""

@@ -7,15 +7,23 @@ from typing import Protocol
 __all__ = ["Detokenizer", "OutputText", "TokenDecoder"]
 
 REPLACEMENT = "\ufffd"
-# A character takes at most four byte tokens; a longer wait means that the bytes are no character.
-MAX_PENDING_TOKENS = 8
+# A character has at most four bytes and a token with text at least one: where so many tokens have
+# not completed a character, the first of them is in none.
+MAX_PENDING_TOKENS = 4
 
 
 class TokenDecoder(Protocol):
     """The part of a tokenizer that turns ids into text."""
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of some tokens; special tokens have none."""
+        """Text of some tokens, to which those without text add nothing.
+
+        Bytes that are no character show as U+FFFD; so does a character that is incomplete.
+        """
+        ...
+
+    def has_text(self, token: int) -> bool:
+        """False for a token without text, wherever it stands: a special or an unknown one."""
         ...
 
 
@@ -24,33 +32,41 @@ class Detokenizer:
 
     A token's text depends on its neighbours (a leading space is dropped at the start, bytes of a
     character may be spread over tokens), so each piece is the difference between decoding a short
-    window with and without the new tokens, given out once it does not end inside a character.
+    window with and without the new tokens. It is given out once it does not end inside a character;
+    after `MAX_PENDING_TOKENS` that do, all but its last U+FFFD is, which later bytes may still turn
+    into a character.
+
+    The window may begin inside a character. Its first bytes are then decoded as U+FFFD, the same
+    with and without the new tokens: UTF-8 is in step again after three bytes.
     """
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder
         self._window: list[int] = []
-        self._window_text = ""
         self._pending: list[int] = []
+        # Characters of the window's text that have been given out: all but an open one.
+        self._given = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
+        if not self._decoder.has_text(token):
+            return ""
         self._pending.append(token)
         text = self._decoder.decode(self._window + self._pending)
-        if text.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING_TOKENS:
+        if not text.endswith(REPLACEMENT):
+            return self._give_out(text, left_open=0)
+        if len(self._pending) < MAX_PENDING_TOKENS:
             return ""
-        return self._give_out(text)
+        return self._give_out(text, left_open=1)
 
     def flush(self) -> str:
         """What is left at the end of the output; incomplete bytes show as U+FFFD."""
-        if not self._pending:
-            return ""
-        return self._give_out(self._decoder.decode(self._window + self._pending))
+        return self._decoder.decode(self._window + self._pending)[self._given :]
 
-    def _give_out(self, text: str) -> str:
-        piece = text[len(self._window_text) :]
+    def _give_out(self, text: str, left_open: int) -> str:
+        piece = text[self._given : len(text) - left_open]
         self._window, self._pending = self._pending, []
-        self._window_text = self._decoder.decode(self._window)
+        self._given = len(self._decoder.decode(self._window)) - left_open
         return piece
 
 

@@ -115,6 +115,9 @@ class Tokenizer:
         self.vocabulary: int = backend.get_vocab_size(with_added_tokens=True)
         eos = loaded.eos_token_id
         self.eos_token_id: int | None = eos if isinstance(eos, int) else None
+        self._special = frozenset(
+            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+        )
         self._longest = max((len(token) for token in backend.get_vocab()), default=1)
         source = _template_source(loaded.chat_template)
         special = {
@@ -161,6 +164,10 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Text of some tokens; special tokens have none, unknown ids neither."""
         return str(self._backend.decode(token_ids, skip_special_tokens=True))
+
+    def has_text(self, token: int) -> bool:
+        """False for special tokens and unknown ids, which `decode` leaves out."""
+        return token not in self._special and self._backend.id_to_token(token) is not None
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for by itself, in UTF-8: part of a character, for some.
@@ -227,6 +234,10 @@ class TokenIdsOnly:
     def decode(self, token_ids: list[int]) -> str:
         """The ids as decimal numbers."""
         return "".join(f"{token} " for token in token_ids)
+
+    def has_text(self, token: int) -> bool:
+        """Every id is shown."""
+        return True
 
     def token_bytes(self, token: int) -> bytes:
         """As `decode` shows it."""

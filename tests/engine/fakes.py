@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from runtime.engine.engine import Engine
+from runtime.engine.errors import RequestError
 from runtime.engine.request import Chunk, Request
 from runtime.engine.runner import PipelineBroken, check_result
 from runtime.engine.scheduler import EngineLimits
@@ -193,6 +194,9 @@ class Characters:
     def decode(self, token_ids: list[int]) -> str:
         return "".join(chr(token) for token in token_ids if token >= 32)
 
+    def has_text(self, token: int) -> bool:
+        return token >= 32
+
     def token_bytes(self, token: int) -> bytes:
         return b"<%d>" % token if token < 32 else bytes([token])
 
@@ -224,15 +228,11 @@ class Reader:
         self.error: Exception | None = None
 
     def drain(self) -> None:
-        while self.stream._arrived.is_set():
-            coroutine = self.stream.next()
-            try:
-                coroutine.send(None)
-            except StopIteration as done:
-                self.chunks.append(done.value)
-            except Exception as error:
-                self.error = error
-                return
+        try:
+            while (chunk := self.stream.take()) is not None:
+                self.chunks.append(chunk)
+        except RequestError as error:
+            self.error = error
 
     @property
     def text(self) -> str:

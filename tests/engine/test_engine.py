@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -251,6 +252,35 @@ def test_an_epoch_with_less_cache_ends_what_no_longer_fits_and_refuses_it_from_t
     assert_nothing_held(engine)
 
 
+def test_an_epoch_with_less_cache_shortens_what_nobody_asked_to_be_so_long():
+    engine, runner = make(limits(cache_blocks=16, block_size=4, max_context=64))
+    ends_here, goes_on = request("e" * 20, 44), request("goes on", 57)
+    asked = [
+        replace(ends_here, needed_tokens=1),
+        replace(goes_on, needed_tokens=1),
+        replace(request("l" * 20, 44), needed_tokens=13),
+    ]
+    readers = [Reader(s) for s in engine.submit(asked, post=run_here)]
+    running = engine._scheduler.running
+    while not running or len(running[0].output) < 14:
+        engine.turn()
+    runner.next_cache_blocks = 8
+    runner.break_next()
+    settle(engine, readers)
+    # What is there already is longer than what fits now, or ends where the smaller cache does.
+    assert readers[0].text == Characters().decode(alone(ends_here)[: len(readers[0].text)])
+    assert 14 <= len(readers[0].text) < 44
+    assert readers[1].text == Characters().decode(alone(goes_on)[:25])
+    assert all(r.chunks[-1].finish is FinishReason.LENGTH for r in readers[:2])
+    assert readers[1].chunks[-1].tokens == 25
+    assert isinstance(readers[2].error, ContextLengthExceeded)
+    # One that was prepared before the cache shrank gets what there is, too.
+    late = Reader(engine.submit([asked[1]], post=run_here)[0])
+    settle(engine, [late])
+    assert late.text == readers[1].text
+    assert_nothing_held(engine)
+
+
 def test_stop_strings_end_an_output_across_tokens():
     whole = answer(request("stop here", 30))
     stop = whole[7:10]
@@ -292,6 +322,60 @@ def test_one_delivery_for_each_step():
     readers = [Reader(s) for s in engine.submit(requests, post=post)]
     settle(engine, readers)
     assert len(deliveries) == 10
+
+
+def test_text_is_made_while_the_next_step_is_computed():
+    bounds = limits()
+    runner = FakeRunner(bounds, depth=2)
+    in_flight = []
+
+    class Watching(Characters):
+        def decode(self, token_ids):
+            in_flight.append(len(runner._flying))
+            return super().decode(token_ids)
+
+    engine = Engine(bounds, runner, Watching(), 5.0, clock=runner.clock)
+    asked = [request("one", 9), request("two", 9, stop=("~never",))]
+    readers = [Reader(s) for s in engine.submit(asked, post=run_here)]
+    settle(engine, readers)
+    assert [r.text for r in readers] == [answer(r) for r in asked]
+    # Only behind the last tokens comes no step.
+    busy = [count > 0 for count in in_flight]
+    assert busy == sorted(busy, reverse=True) and busy.count(True) > 5 * busy.count(False)
+    assert_nothing_held(engine)
+
+
+def test_cancelling_between_a_token_and_its_text():
+    """Whether the output goes on, or has ended and nobody has been told."""
+    for tokens in (1, 9):
+        engine, _ = make(limits(max_sequences=1))
+        reader = Reader(engine.submit([request("gone", tokens)], post=run_here)[0])
+        while not engine._untold:
+            engine.turn()
+        reader.stream.cancel()
+        other = Reader(engine.submit([request("kept", 5)], post=run_here)[0])
+        settle(engine, [other])
+        reader.drain()
+        assert not reader.chunks and other.text == answer(request("kept", 5))
+        assert_nothing_held(engine)
+
+
+def test_a_token_that_came_before_a_break_is_told():
+    engine, runner = make(limits(), depth=2)
+    readers = [Reader(s) for s in engine.submit([request("a", 1), request("b", 6)], post=run_here)]
+    while not engine._untold:
+        engine.turn()
+    # The next step cannot even be submitted.
+    runner.up = runner.may_come_up = False
+    engine.turn()
+    for reader in readers:
+        reader.drain()
+    assert [len(r.text) for r in readers] == [1, 1]
+    assert readers[0].ended and not readers[1].ended
+    runner.may_come_up = True
+    settle(engine, readers)
+    assert readers[1].text == answer(request("b", 6))
+    assert_nothing_held(engine)
 
 
 def test_a_receiver_that_is_gone_harms_nobody():

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import threading
@@ -17,7 +18,7 @@ from starlette.routing import Route
 
 from runtime.engine.defaults import GenerationDefaults, generation_defaults
 from runtime.engine.engine import Engine
-from runtime.engine.errors import InvalidRequest
+from runtime.engine.errors import InvalidRequest, ModelFailed
 from runtime.engine.openai import OpenAIService
 from runtime.engine.runner import Recovery
 from runtime.engine.tokenizer import TokenizerError
@@ -321,6 +322,8 @@ BAD = [
     ({"n": 1.5}, "n"),
     ({"n": 1000}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**4299 * 9}, "max_tokens"),
+    ({"min_tokens": 10**4299 * 9}, "min_tokens"),
     ({"max_completion_tokens": "1"}, "max_completion_tokens"),
     ({"seed": "x"}, "seed"),
     ({"seed": 2**64}, "seed"),
@@ -602,6 +605,118 @@ def test_an_outage_beyond_the_deadline_is_503_or_an_error_event():
     assert later[0].status == 503
     assert (whole[0].retry_after_s, streamed[0].retry_after_s) == (5, None)
     assert later[0].retry_after_s == 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_that_fails_leaves_nothing_behind(stream):
+    """The other choices are cancelled; no task waits for ever, no error is left to a log."""
+    for lost in (1, 2):  # of the two choices
+        with Bench() as bench:
+            complaints = []
+
+            async def scenario(bench=bench, lost=lost, complaints=complaints):
+                asyncio.get_running_loop().set_exception_handler(
+                    lambda _, context: complaints.append(context)
+                )
+                submit = bench.engine.submit
+
+                def failing(requests, **fields):
+                    streams = submit(requests, **fields)
+                    for lost_stream in streams[-lost:]:
+                        lost_stream.put(ModelFailed("given up"))
+                    return streams
+
+                bench.engine.submit = failing
+                body = chat_body(n=2, stream=stream, max_tokens=200)
+                answer = await bench.call("/v1/chat/completions", body)
+                await bench.settled()
+                return answer, asyncio.all_tasks() - {asyncio.current_task()}
+
+            (response, content), tasks = asyncio.run(scenario())
+            gc.collect()
+            assert not tasks and not complaints
+            assert response.status == (200 if stream else 500)
+            assert b"model_failed" in content and b"[DONE]" not in content
+
+
+def test_an_outage_ends_all_choices_without_a_complaint():
+    with Bench(down=True, deadline_s=0.2) as bench:
+        complaints = []
+
+        async def scenario():
+            asyncio.get_running_loop().set_exception_handler(
+                lambda _, context: complaints.append(context)
+            )
+            answers = [
+                bench.call("/v1/chat/completions", chat_body(n=4, stream=stream))
+                for stream in (False, True)
+            ]
+            found = await asyncio.gather(*answers)
+            gc.collect()
+            return found
+
+        found = asyncio.run(scenario())
+        gc.collect()
+    assert [response.status for response, _ in found] == [503, 200]
+    assert not complaints
+
+
+def test_absurd_numbers_of_outputs_are_refused_before_they_are_made():
+    """A body of 6 kB must not become 262,144 requests of a prompt each."""
+    body = {"model": MODEL, "prompt": ["x"] * 2048, "n": 128, "max_tokens": 1}
+    with Bench() as bench:
+        tracemalloc.start()
+        try:
+            response, content = asyncio.run(bench.call("/v1/completions", body))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert response.status == 400 and b"at most" in content
+    assert peak < 10_000_000
+
+
+def test_long_bodies_that_wait_to_be_read_are_bounded():
+    """The service's bodies may have 100,000 bytes; four such may wait."""
+
+    class Slow(Characters):
+        def render(self, messages, arguments=None):
+            assert go_on.wait(20)
+            return super().render(messages[:1])
+
+    go_on = threading.Event()
+    long = chat_body(max_tokens=1)
+    long["messages"] = [*long["messages"], {"role": "user", "content": "x" * 90_000}]
+    with Bench(Slow()) as bench:
+
+        async def scenario():
+            waiting = [
+                asyncio.ensure_future(bench.call("/v1/chat/completions", long)) for _ in range(4)
+            ]
+            await asyncio.sleep(0)
+            refused, content = await bench.call("/v1/chat/completions", long)
+            other, _ = await bench.call("/v1/completions", long)
+            waiting.pop().cancel()
+            short = asyncio.ensure_future(
+                bench.call("/v1/chat/completions", chat_body(max_tokens=1))
+            )
+            await asyncio.sleep(0)
+            go_on.set()
+            answers = [await task for task in [*waiting, short]]
+            again, _ = await bench.call("/v1/chat/completions", long)
+            return refused, content, other, answers, again
+
+        refused, content, other, answers, again = asyncio.run(scenario())
+    assert (refused.status, refused.retry_after_s, other.status) == (429, 1, 429)
+    assert json.loads(content)["error"]["code"] == "rate_limit_exceeded"
+    assert [response.status for response, _ in answers] == [200] * 4
+    assert again.status == 200
+
+
+def test_choices_share_their_prompt():
+    with Bench() as bench:
+        body = {"model": MODEL, "prompt": [5] * 100, "n": 8, "max_tokens": 1}
+        _, requests = bench.service._prepare_completion(json.dumps(body).encode())
+        assert len(requests) == 8 and len({id(asked.prompt) for asked in requests}) == 1
 
 
 def test_streams_pause_over_a_break_and_go_on(monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from runtime.engine.engine import Engine
 from runtime.engine.errors import ContextLengthExceeded
-from runtime.engine.request import Request
+from runtime.engine.request import FinishReason, Request
 from runtime.engine.scheduler import EngineLimits
 from security.channel.admission import SamplingParameters
 from tests.engine.fakes import GREEDY, Characters, FakeRunner, Reader, alone, run_here, settle
@@ -46,7 +46,8 @@ def scenarios(draw, most_requests=10, most_events=60):
         sampling = draw(st.sampled_from([GREEDY, plain, penalised, repeating]))
         end = draw(st.sampled_from([frozenset(), frozenset(range(32, 44))]))
         most = draw(st.integers(1, bounds.max_length - len(prompt)))
-        asked = Request(tuple(prompt), sampling, most, end)
+        needed = draw(st.sampled_from([None, 1, most]))
+        asked = Request(tuple(prompt), sampling, most, end, needed_tokens=needed)
         requests.append((asked, draw(st.sampled_from(TENANTS))))
     events = draw(
         st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 19)), max_size=most_events)
@@ -116,7 +117,7 @@ def drive(scenario) -> None:
 
     def arrive() -> None:
         asked, tenant = waiting.pop(0)
-        if len(asked.prompt) + asked.max_tokens > engine.max_length:
+        if asked.least_length > engine.max_length:
             with pytest.raises(ContextLengthExceeded):
                 engine.submit([asked], run_here, tenant)
         else:
@@ -162,9 +163,14 @@ def drive(scenario) -> None:
             assert text.startswith(reader.text)
         elif isinstance(reader.error, ContextLengthExceeded):
             assert text.startswith(reader.text)
-            asked_for = len(asked.prompt) + asked.max_tokens
-            assert asked_for > smallest * bounds.block_size
-            assert f"needs {asked_for}." in str(reader.error)
+            assert asked.least_length > smallest * bounds.block_size
+            assert f"needs {asked.least_length}." in str(reader.error)
+        elif asked.needed_tokens == 1 and reader.chunks[-1].tokens < len(expected):
+            # Shortened where a cache ended, not before.
+            assert reader.chunks[-1].finish is FinishReason.LENGTH
+            assert text.startswith(reader.text)
+            length = len(asked.prompt) + reader.chunks[-1].tokens
+            assert length >= smallest * bounds.block_size
         else:
             assert reader.text == text
             assert reader.chunks[-1].tokens == len(expected)

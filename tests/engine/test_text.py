@@ -1,11 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from runtime.engine.errors import ContextLengthExceeded, InvalidRequest
-from runtime.engine.text import MAX_PENDING_TOKENS, Detokenizer, OutputText
+from runtime.engine.text import Detokenizer, OutputText
 from runtime.engine.tokenizer import Tokenizer, TokenizerError, read_tokenizer_files
 from security.manifest import ManifestMismatch, ModelFiles, build_manifest
 from tests.engine.fakes import Characters
@@ -44,17 +44,73 @@ def test_streamed_text_is_the_text(loaded, kind, text):
 
 
 @given(st.lists(st.integers(0, 319), max_size=40))
+@example([98, 0, 0, 0, 0, 0, 0, 130, 98])  # special tokens inside a character
 def test_any_tokens_stream_to_their_text(loaded, ids):
     tokenizer = loaded["level"]
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+# Bytes that begin, continue and end characters, or are in none, a letter and a special token.
+SPLIT = [0xF0, 0x9F, 0x99, 0x82, 0xE4, 0xBD, 0xA0, 0xC3, 0xA9, 0xFF, ord("a")]
+
+
+@given(st.lists(st.sampled_from([*SPLIT, None]), max_size=60))
+@example([0xFF] * 7 + [0xF0, 0x9F, 0x99, 0x82])
+@example([0xF0, 0x9F] * 9 + [None] * 9 + [0x99, 0x82])
+def test_bytes_in_any_order_stream_to_their_text(loaded, content):
+    tokenizer = loaded["level"]
+    of_byte = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocabulary)}
+    end = tokenizer.eos_token_id
+    ids = [end if byte is None else of_byte[bytes([byte])] for byte in content]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    # Three bytes may wait for a fourth, and one character for what shows that it is none.
+    shown = 0
+    for place, piece in enumerate(pieces[:-1], 1):
+        shown += len(piece)
+        assert shown >= len(tokenizer.decode(ids[:place])) - 4
+
+
 def test_bytes_that_are_no_character_are_not_waited_for(loaded):
-    tokenizer = loaded["fallback"]
-    bad = 3 + 0xFF
-    pieces = stream(tokenizer, [bad] * 30)
-    assert all(pieces[MAX_PENDING_TOKENS - 1 : 25 : MAX_PENDING_TOKENS])
-    assert len("".join(pieces)) == 30
+    for kind, bad in (("fallback", 3 + 0xFF), ("level", None)):
+        tokenizer = loaded[kind]
+        if bad is None:
+            bad = next(t for t in range(320) if tokenizer.token_bytes(t) == b"\xff")
+        pieces = stream(tokenizer, [bad] * 30)
+        assert len("".join(pieces)) == 30
+        assert all(len("".join(pieces[:end])) >= end - 4 for end in range(30))
+
+
+def test_a_stream_decodes_few_tokens_at_a_time(loaded):
+    class Counting:
+        longest = 0
+
+        def decode(self, token_ids):
+            self.longest = max(self.longest, len(token_ids))
+            return loaded["level"].decode(token_ids)
+
+        def has_text(self, token):
+            return loaded["level"].has_text(token)
+
+    counting = Counting()
+    bad = next(t for t in range(320) if loaded["level"].token_bytes(t) == b"\xff")
+    stream(counting, ([bad] * 50 + [0] * 50 + [98]) * 3)
+    assert counting.longest <= 8
+
+
+def test_which_tokens_have_text(loaded):
+    for tokenizer in loaded.values():
+        assert not tokenizer.has_text(tokenizer.eos_token_id)
+        assert not tokenizer.has_text(10**6)
+    fallback = loaded["fallback"]
+    # A space at the very start is dropped; that does not make its token a silent one.
+    space = fallback.encode(" ", 9, special_tokens=False)[0]
+    assert fallback.decode([space]) == "" and fallback.has_text(space)
+    assert all(
+        tokenizer.has_text(token) == bool(tokenizer.decode([token, token]))
+        for tokenizer in loaded.values()
+        for token in range(tokenizer.vocabulary)
+    )
 
 
 @given(

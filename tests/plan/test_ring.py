@@ -95,6 +95,9 @@ class NoText:
     def decode(self, token_ids: list[int]) -> str:
         return ""
 
+    def has_text(self, token: int) -> bool:
+        return False
+
 
 def run(
     ring: Ring, wanted: list[SamplingParameters], *, breaks: Sequence[int] = (), **limits: int
