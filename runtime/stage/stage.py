@@ -121,6 +121,10 @@ class StageRunner:
         """Cache blocks that this stage has, at most the plan's."""
         return self._settings.cache_blocks
 
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] in float32 of rows that `forward` returned; last stage only."""
+        return self._ends.logits(hidden_SD)
+
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Takes the sequences that a step admits, before that step is sampled; last stage only."""
         self._ends.admit(admissions)

@@ -11,9 +11,11 @@ from torch import nn
 
 from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer
+from runtime.stage.errors import UnsupportedModel
 from runtime.stage.families import Rotations
 from runtime.stage.native import library as native
-from runtime.stage.native.library import Library, Team, load_library
+from runtime.stage.native.library import Library, PackedWeight, Team, load_library
+from runtime.stage.quantise import quantise
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
 
@@ -24,24 +26,49 @@ _LANES = 16
 
 
 def open_team(checkpoint: StageCheckpoint, settings: StageSettings) -> Team | None:
-    """A team for a stage that the native decoder can compute, None for any other."""
+    """A team for a stage that the native decoder can compute, None for any other.
+
+    Raises:
+        UnsupportedModel: no other way of computing has the stage's weight format.
+    """
     library = load_library()
-    if library is None or settings.tp > 1 or not _computes(library, settings):
-        return None
+    obstacle = _obstacle(library, checkpoint, settings)
+    if obstacle is None:
+        assert library is not None, "no library is an obstacle"
+        return Team(library, settings.threads)
+    if settings.weight_format != "plain":
+        raise UnsupportedModel(
+            f"{settings.weight_format} weights: expected a stage that the native decoder computes, "
+            f"found {obstacle}; plan with plain weights"
+        )
+    return None
+
+
+def _obstacle(
+    library: Library | None, checkpoint: StageCheckpoint, settings: StageSettings
+) -> str | None:
+    """Why the native decoder cannot compute a stage; None where it can."""
+    if library is None:
+        return "a processor without its instructions, or an installation without it"
+    if settings.tp > 1:
+        return f"{settings.tp} tensor-parallel ranks"
+    if settings.torch_dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {settings.dtype}"
+    if settings.torch_dtype == torch.bfloat16 and not library.bfloat16:
+        return "a processor that does not multiply bfloat16"
+    if settings.block_size % _LANES:
+        return f"cache blocks of {settings.block_size} positions, no multiple of {_LANES}"
     parts = checkpoint.parts
     layers = [
         describe_layer(parts.config, parts.part(parts.layer_name(index)))
         for index in range(settings.first_layer, settings.last_layer)
     ]
     known = [layer for layer in layers if layer is not None]
-    if len(known) < len(layers) or not _fits(known):
-        return None
-    return Team(library, settings.threads)
-
-
-def _computes(library: Library, settings: StageSettings) -> bool:
-    dtypes = {torch.float32} | ({torch.bfloat16} if library.bfloat16 else set())
-    return settings.torch_dtype in dtypes and settings.block_size % _LANES == 0
+    if len(known) < len(layers):
+        return f"layers of {parts.config.model_type} that are no dense decoder layers it knows"
+    if not _fits(known):
+        return f"layers of {parts.config.model_type} whose widths or kinds differ from its own"
+    return None
 
 
 def _fits(layers: Sequence[DenseLayer]) -> bool:
@@ -84,26 +111,32 @@ def _wide_head_norm(layer: DenseLayer) -> bool:
     return layer.query_norm is not None and layer.query_norm.width != layer.head_size
 
 
+def _packed(team: Team, weight_OI: torch.Tensor, weight_format: str) -> PackedWeight:
+    if weight_format == "int8":
+        return team.library.pack_int8(team, *quantise(weight_OI), weight_OI.dtype)
+    return team.library.pack(team, weight_OI)
+
+
 class PackedLinear:
     """A linear without bias, stored as the decoder multiplies: an LM head, or a tied embedding.
 
     Args:
         team: computes it.
         weight_VD: not kept.
+        weight_format: see `StageSettings`.
     """
 
-    def __init__(self, team: Team, weight_VD: torch.Tensor) -> None:
+    def __init__(self, team: Team, weight_VD: torch.Tensor, weight_format: str = "plain") -> None:
         self._team = team
-        self._outputs, self._inputs = weight_VD.shape
-        self._tiles_VD = team.library.pack(team, weight_VD)
+        self._weight = _packed(team, weight_VD, weight_format)
 
     def __call__(self, rows_SD: torch.Tensor) -> torch.Tensor:
         """Products [S, V] in float32."""
-        return self._team.library.project(self._team, self._tiles_VD, self._outputs, rows_SD)
+        return self._team.library.project(self._team, self._weight, rows_SD)
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows [T, D] of the weight; `ids_T` is int64 and within it."""
-        return self._team.library.unpack(self._tiles_VD, self._inputs, ids_T)
+        """Rows [T, D] of a plain weight; `ids_T` is int64 and within it."""
+        return self._team.library.unpack(self._weight, ids_T)
 
 
 class NativeLayers:
@@ -128,6 +161,7 @@ class NativeLayers:
         self._settings = settings
         self._used = False
         # Everything that the decoder has pointers into.
+        self._weights: list[PackedWeight] = []
         self._kept: list[torch.Tensor] = []
         self._caches: list[torch.Tensor] = []
         indices = range(settings.first_layer, settings.last_layer)
@@ -179,6 +213,7 @@ class NativeLayers:
         if self._stage:
             self._team.library.free_stage(self._stage)
             self._stage = 0
+        self._weights.clear()
         self._kept.clear()
         self._caches.clear()
 
@@ -235,10 +270,9 @@ class NativeLayers:
 
     def _linear(self, weight_OI: torch.Tensor | None, bias_O: torch.Tensor | None) -> native.Linear:
         assert weight_OI is not None, "a linear has a weight"
-        tiles = self._team.library.pack(self._team, weight_OI)
-        self._kept.append(tiles)
-        bias = None if bias_O is None else self._keep(bias_O.float())
-        return native.Linear(tiles.data_ptr(), bias, weight_OI.shape[1], weight_OI.shape[0])
+        packed = _packed(self._team, weight_OI, self._settings.weight_format)
+        self._weights.append(packed)
+        return packed.linear(None if bias_O is None else self._keep(bias_O.float()))
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor.contiguous())
