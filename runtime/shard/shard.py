@@ -337,4 +337,5 @@ def stage_settings(template: PlanTemplate, role: RoleTemplate, threads: int) -> 
         max_context=template.max_context,
         hidden_size=template.hidden_size,
         threads=threads,
+        weight_format=template.weight_format,
     )
