@@ -13,6 +13,7 @@ from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer
 from runtime.stage.errors import UnsupportedModel
 from runtime.stage.families import Rotations
+from runtime.stage.kv_cache import committed_zeros
 from runtime.stage.native import library as native
 from runtime.stage.native.library import Library, PackedWeight, Team, load_library
 from runtime.stage.quantise import quantise
@@ -167,20 +168,40 @@ class NativeLayers:
         indices = range(settings.first_layer, settings.last_layer)
         self._tables = _RotationTables(parts.rotations(indices), settings.max_context)
         self._rotary: list[str] = []
-        layers: list[native.Layer] = []
+        self._layers: list[native.Layer] = []
+        self._stage = 0
         described: DenseLayer | None = None
         for index in indices:
             name = parts.layer_name(index)
             module = checkpoint.fill(name)
             described = describe_layer(parts.config, module)
             assert described is not None, "open_team has described it"
-            layers.append(self._layer(described))
+            self._layers.append(self._layer(described))
             self._rotary.append(described.rotary)
             _let_go(module)
             progress.add(checkpoint.bytes_of([name]))
         assert described is not None, "a stage has a layer"
-        self._stage = team.library.new_stage(self._shape(described), layers)
+        self._shape = self._shape_of(described)
         self._positions = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """See `Layers`."""
+        return 2 * len(self._layers) * self._rows_bytes(self._settings.block_size)
+
+    def open_cache(self, blocks: int) -> None:
+        """See `Layers`."""
+        shape = (blocks, self._rows_bytes(self._settings.block_size))
+        for layer in self._layers:
+            keys, values = (committed_zeros(shape, torch.uint8) for _ in range(2))
+            self._caches += [keys, values]
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self._stage = self._team.library.new_stage(self._shape, self._layers)
+
+    def _rows_bytes(self, positions: int) -> int:
+        """Of the keys of so many positions in one layer, or of the values."""
+        row: int = self._shape.key_heads * self._shape.head_size
+        return positions * row * self._settings.torch_dtype.itemsize
 
     def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
         """See `Layers`."""
@@ -227,7 +248,7 @@ class NativeLayers:
                 self._stage, layer, cosines.data_ptr(), sines.data_ptr()
             )
 
-    def _shape(self, layer: DenseLayer) -> native.Shape:
+    def _shape_of(self, layer: DenseLayer) -> native.Shape:
         return native.Shape(
             hidden=layer.output.out_features,
             heads=layer.heads,
@@ -252,7 +273,6 @@ class NativeLayers:
             place: self._keep(norm.weight.float() + norm.offset)
             for place, norm in _norms(layer).items()
         }
-        keys, values = self._cache(layer), self._cache(layer)
         return native.Layer(
             query_key_value=self._linear(_joined(layer.qkv, "weight"), _joined(layer.qkv, "bias")),
             attention_output=self._linear(layer.output.weight, layer.output.bias),
@@ -261,8 +281,6 @@ class NativeLayers:
                 None if gate_bias_O is None else _by_turns(gate_bias_O, up_bias_O),
             ),
             down=self._linear(layer.down.weight, layer.down.bias),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
             window=layer.window or 0,
             rotary_size=layer.rotary_size,
             **norms,
@@ -277,14 +295,6 @@ class NativeLayers:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
-
-    def _cache(self, layer: DenseLayer) -> torch.Tensor:
-        settings = self._settings
-        positions = settings.cache_blocks * settings.block_size
-        self._caches.append(
-            torch.zeros(positions, layer.kv_heads, layer.head_size, dtype=settings.torch_dtype)
-        )
-        return self._caches[-1]
 
 
 class _RotationTables:
