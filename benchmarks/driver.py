@@ -47,6 +47,7 @@ class DriverSpec:
         context: longest sequence, in tokens.
         sequences: most sequences at once.
         environment: additions to this process's environment.
+        weights: format of linears and head, for Bulkhead's engine only.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DriverSpec:
     context: int
     sequences: int
     environment: Mapping[str, str]
+    weights: str = "plain"
 
 
 class Driver:
@@ -84,6 +86,7 @@ class Driver:
                         *("--context", str(spec.context)),
                         *("--sequences", str(spec.sequences)),
                         *("--answers", str(theirs)),
+                        *("--weights", spec.weights),
                     ],
                     stdin=subprocess.PIPE,
                     stdout=output,

@@ -13,11 +13,14 @@ from benchmarks.driver import Driver, DriverSpec
 from benchmarks.options import Workload, add_workload, common_parser, json_path, model_path
 from benchmarks.report import FIGURE_COLUMNS, figure_cells, print_table, write_json
 from benchmarks.times import figures, median
+from placement.plan import WEIGHT_FORMATS
 
 __all__ = ["engine_spec", "main"]
 
 
-def engine_spec(model: Path, threads: int, context: int, sequences: int) -> DriverSpec:
+def engine_spec(
+    model: Path, threads: int, context: int, sequences: int, weights: str = "plain"
+) -> DriverSpec:
     """How Bulkhead's engine is started for every benchmark of it."""
     return DriverSpec(
         name="bulkhead",
@@ -28,6 +31,7 @@ def engine_spec(model: Path, threads: int, context: int, sequences: int) -> Driv
         context=context,
         sequences=sequences,
         environment={"HF_HUB_OFFLINE": "1"},
+        weights=weights,
     )
 
 
@@ -35,10 +39,14 @@ def main() -> None:
     """Measures and reports."""
     parser = common_parser("engine", __doc__)
     add_workload(parser)
+    parser.add_argument(
+        "--weights", choices=WEIGHT_FORMATS, default="plain", help="format of linears and head"
+    )
     arguments = parser.parse_args()
     workload = Workload(arguments)
     model = model_path(arguments)
-    spec = engine_spec(model, arguments.threads, workload.context, workload.sequences)
+    weights: str = arguments.weights
+    spec = engine_spec(model, arguments.threads, workload.context, workload.sequences, weights)
     rows: list[tuple[str, ...]] = []
     results: list[dict[str, object]] = []
     for concurrency in workload.concurrency:
@@ -68,12 +76,14 @@ def main() -> None:
             )
         )
     print_table(
-        f"Engine alone, {workload.input} tokens in, {workload.output} out, "
+        f"Engine alone, {weights} weights, {workload.input} tokens in, {workload.output} out, "
         f"{arguments.threads} threads, median of {workload.runs}",
         ("requests", *FIGURE_COLUMNS, "ready s", "peak GiB"),
         rows,
     )
-    write_json(json_path(arguments), {**workload.to_document(), "results": results})
+    write_json(
+        json_path(arguments), {"weights": weights, **workload.to_document(), "results": results}
+    )
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ class Size:
         context: longest sequence, in tokens.
         sequences: most sequences at once.
         dtype: that it computes in.
+        weight_format: of linears and head.
     """
 
     context: int
     sequences: int
     dtype: str = "bfloat16"
+    weight_format: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,9 @@ def plan_deployment(model: Path, size: Size, splits: Sequence[int] = ()) -> Depl
         for index in range(len(splits) + 1)
     )
     plan = make_plan(
-        profile_model(json.loads((model / "config.json").read_text()), size.dtype),
+        profile_model(
+            json.loads((model / "config.json").read_text()), size.dtype, size.weight_format
+        ),
         policy,
         Inventory(nodes),
         PlanSettings(
@@ -87,6 +91,7 @@ def plan_deployment(model: Path, size: Size, splits: Sequence[int] = ()) -> Depl
             context=size.context,
             max_sequences=size.sequences,
             layer_splits=tuple(splits),
+            weight_format=size.weight_format,
         ),
         manifest_digest=manifest.digest,
         policy_digest=policy.digest,

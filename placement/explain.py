@@ -34,9 +34,12 @@ def plan_table(plan: Plan) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    numbers = template.dtype
+    if template.weight_format != "plain":
+        numbers += f" with {template.weight_format} weights"
     nodes = len(set(plan.binding.nodes.values()))
     lines.append(
-        f"{template.model}: {template.layers} layers in {template.dtype} on {nodes} "
+        f"{template.model}: {template.layers} layers in {numbers} on {nodes} "
         f"node{'s' if nodes > 1 else ''}, {template.max_sequences} sequences of up to "
         f"{template.max_context} tokens"
     )

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, NoReturn
 
-from placement.plan import ITEM_BYTES, MAX_CONTEXT, MAX_LAYERS
+from placement.plan import ITEM_BYTES, MAX_CONTEXT, MAX_LAYERS, WEIGHT_FORMATS
+
+_SCALE_BYTES = 4
+"""Of an int8 weight's scale, one for each output channel."""
 
 _MAX_SIZE = 1 << 24
 """Largest dimension that a configuration may state; bounds every product below 2**80."""
@@ -49,11 +52,12 @@ class ModelProfile:
     Attributes:
         architecture: the ``model_type`` of the configuration.
         dtype: dtype that the bytes are counted in.
+        weight_format: that the linears of layers and head are counted in.
         layers: one profile per decoder layer, in order.
         embedding_bytes: the token embedding, on the first stage.
         head_bytes: the LM head, on the last stage; when tied it is the embedding once more.
         norm_bytes: the final norm, on the last stage.
-        tied: whether the head is the embedding; a single stage then holds it once.
+        tied: whether the head is the embedding; a single stage then holds it once, if plain.
         hidden_size: width of a hidden state.
         intermediate_size: width of the widest MLP.
         heads: query heads.
@@ -67,6 +71,7 @@ class ModelProfile:
 
     architecture: str
     dtype: str
+    weight_format: str
     layers: tuple[LayerProfile, ...]
     embedding_bytes: int
     head_bytes: int
@@ -89,7 +94,7 @@ class ModelProfile:
         total = self.embedding_bytes if is_first else 0
         if is_last:
             total += self.norm_bytes
-            if not (self.tied and is_first):
+            if not (self.tied and is_first and self.weight_format == "plain"):
                 total += self.head_bytes
         return total
 
@@ -271,19 +276,24 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
 )
 
 
-def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
+def profile_model(
+    config: Mapping[str, object], dtype: str, weight_format: str = "plain"
+) -> ModelProfile:
     """Profiles a model from its Hugging Face ``config.json``.
 
     Args:
         config: the parsed file.
         dtype: dtype to serve in, a key of `placement.plan.ITEM_BYTES`.
+        weight_format: to serve in, one of `placement.plan.WEIGHT_FORMATS`.
 
     Raises:
         ProfileError: an unknown or quantised model, or a dimension that is missing, not a
-            positive integer, or implausibly large.
+            positive integer, or implausibly large; a family or dtype without that weight format.
     """
     if dtype not in ITEM_BYTES:
         raise ProfileError(f"dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype[:64]!r}")
+    if weight_format not in WEIGHT_FORMATS:
+        _refuse("weight_format", f"one of {', '.join(WEIGHT_FORMATS)}", weight_format)
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise ProfileError(
@@ -296,7 +306,19 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
             "use the checkpoint that it was made from"
         )
     family = _FAMILIES[architecture]
+    if weight_format != "plain":
+        if family.experts:
+            _refuse("weight_format", f"plain, as {architecture} has experts", weight_format)
+        if dtype == "float16":
+            _refuse("weight_format", "plain, as the dtype is float16", weight_format)
     item = ITEM_BYTES[dtype]
+
+    def linears(matrices: int, outputs: int) -> int:
+        """Bytes of the matrices of linears with so many output channels in all."""
+        if weight_format == "int8":
+            return matrices + _SCALE_BYTES * outputs
+        return item * matrices
+
     hidden = _size(config, "hidden_size")
     heads = _size(config, "num_attention_heads", maximum=4096)
     kv_heads = _kv_heads(config, family, heads)
@@ -308,26 +330,31 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
     final_norm = family.norm_tensors * hidden
     layers = []
     widest = 0
+    parameters = vocabulary * hidden * (1 if tied else 2) + final_norm
     for index in range(layer_count):
         mlp = _mlp(config, family, hidden, index)
         widest = max(widest, mlp.width)
+        parameters += attention.parameters + attention.others + mlp.parameters
+        matrices = attention.matrices + mlp.matrices
+        saved = item * matrices - linears(matrices, attention.outputs + mlp.outputs)
         layers.append(
             LayerProfile(
-                weight_bytes=item * (attention.parameters + attention.others + mlp.parameters),
+                weight_bytes=item * (attention.parameters + attention.others + mlp.parameters)
+                - saved,
                 replicated_bytes=item * (attention.others + attention.bias + mlp.replicated),
                 kv_bytes_per_token=item * 2 * kv_heads * head_dim,
                 flops_per_token=2 * (attention.parameters + mlp.active),
-                active_bytes=item * (attention.parameters + attention.others + mlp.active),
+                active_bytes=item * (attention.parameters + attention.others + mlp.active) - saved,
             )
         )
     embedding = item * vocabulary * hidden
-    total = sum(layer.weight_bytes for layer in layers) + embedding + item * final_norm
     return ModelProfile(
         architecture=architecture,
         dtype=dtype,
+        weight_format=weight_format,
         layers=tuple(layers),
         embedding_bytes=embedding,
-        head_bytes=embedding,
+        head_bytes=linears(vocabulary * hidden, vocabulary),
         norm_bytes=item * final_norm,
         tied=tied,
         hidden_size=hidden,
@@ -337,19 +364,24 @@ def profile_model(config: Mapping[str, object], dtype: str) -> ModelProfile:
         head_dim=head_dim,
         vocabulary=vocabulary,
         max_context=_size(config, "max_position_embeddings", maximum=MAX_CONTEXT),
-        parameters=(total if tied else total + embedding) // item,
+        parameters=parameters,
         tensor_parallel=family.tensor_parallel and attention.shardable,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Mlp:
-    """Parameters of one layer's MLP: all, active for a token, and whole on every rank."""
+    """Parameters of one layer's MLP: all, active for a token, and whole on every rank.
+
+    Of a dense one, how many of them are in matrices, and the output channels of these.
+    """
 
     parameters: int
     active: int
     replicated: int
     width: int
+    matrices: int = 0
+    outputs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,12 +390,16 @@ class _Attention:
 
     Attributes:
         parameters: of the projections.
+        matrices: of them, those in matrices.
+        outputs: output channels of the matrices.
         bias: of the output projection, which every rank adds to the sum and so holds.
         others: of all norms of the layer, sinks, and its activation.
         shardable: no parameter belongs to several heads without being a projection's.
     """
 
     parameters: int
+    matrices: int
+    outputs: int
     bias: int
     others: int
     shardable: bool
@@ -375,27 +411,28 @@ def _attention(
     hidden, heads, kv_heads, head_dim = shape
     qkv = (heads + 2 * kv_heads) * head_dim
     bias = hidden if _has(config, family.o_bias) else 0
-    projections = hidden * qkv + heads * head_dim * hidden
-    projections += bias + (qkv if _has(config, family.qkv_bias) else 0)
+    matrices = hidden * qkv + heads * head_dim * hidden
+    projections = matrices + bias + (qkv if _has(config, family.qkv_bias) else 0)
     others = family.norms * family.norm_tensors * hidden + (heads if family.sinks else 0)
     others += family.activation_parameters
     normalised = _has(config, family.query_norms)
     if normalised:
         others += (heads + kv_heads if family.wide_query_norms else 2) * head_dim
     shardable = not (family.sinks or (normalised and family.wide_query_norms))
-    return _Attention(projections, bias, others, shardable)
+    return _Attention(projections, matrices, qkv + hidden, bias, others, shardable)
 
 
 def _mlp(config: Mapping[str, object], family: _Family, hidden: int, index: int) -> _Mlp:
     if family.experts and _is_sparse(config, family, index):
         return _mixture(config, family, hidden)
     width = _size(config, "intermediate_size")
-    parameters = family.mlp_matrices * hidden * width
+    matrices = parameters = family.mlp_matrices * hidden * width
     bias = 0
     if _has(config, family.mlp_bias):
         bias = hidden
         parameters += (family.mlp_matrices - 1) * width + bias
-    return _Mlp(parameters, parameters, bias, width)
+    outputs = (family.mlp_matrices - 1) * width + hidden
+    return _Mlp(parameters, parameters, bias, width, matrices, outputs)
 
 
 def _mixture(config: Mapping[str, object], family: _Family, hidden: int) -> _Mlp:

@@ -46,6 +46,11 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "
 """Bytes of one number by dtype name; also the closed list of dtypes that can be served."""
 
 
+WEIGHT_FORMATS = ("plain", "int8")
+"""How linears of the layers and the LM head may be held: in the dtype, or as int8 with one scale
+for each output channel, which only the native decoder of the CPU computes."""
+
+
 class PlanError(DocumentError):
     """A template, binding or plan contradicts itself; says the field, expected and found."""
 
@@ -213,6 +218,7 @@ class PlanTemplate:
         max_instances: most pipelines of this template at a time.
         generation: grows with every template that the owner signs; never goes back.
         expires_at: Unix time, in seconds, after which nobody is admitted.
+        weight_format: one of `WEIGHT_FORMATS`; it changes what the model answers.
     """
 
     model: str
@@ -234,6 +240,7 @@ class PlanTemplate:
     max_instances: int
     generation: int
     expires_at: int
+    weight_format: str = "plain"
 
     def __post_init__(self) -> None:
         _check_text("model", self.model, MODEL_NAME)
@@ -241,6 +248,12 @@ class PlanTemplate:
         _check_text("manifest_digest", self.manifest_digest, "[0-9a-f]{64}")
         _check_text("policy_digest", self.policy_digest, "[0-9a-f]{64}")
         _check(self.dtype in ITEM_BYTES, "dtype", " or ".join(ITEM_BYTES), self.dtype)
+        _check(
+            self.weight_format in WEIGHT_FORMATS,
+            "weight_format",
+            " or ".join(WEIGHT_FORMATS),
+            self.weight_format,
+        )
         for name, maximum in _TEMPLATE_LIMITS.items():
             value = getattr(self, name)
             _check(1 <= value <= maximum, name, f"1 to {maximum}", value)
@@ -312,6 +325,7 @@ class PlanTemplate:
             manifest_digest=reader.digest("manifest_digest"),
             policy_digest=reader.digest("policy_digest"),
             dtype=reader.text("dtype", 16),
+            weight_format=reader.text("weight_format", 16),
             weaknesses=reader.texts("weaknesses", 64, 64),
             roles=tuple(RoleTemplate._read(role) for role in reader.sections("roles", MAX_ROLES)),
             **numbers,

@@ -67,6 +67,7 @@ class PlanSettings:
         cluster: name of the cluster.
         expires_at: Unix time, in seconds, when the template expires.
         dtype: dtype to serve in; the profile must be counted in it.
+        weight_format: of linears and head; the profile must be counted in it, too.
         context: longest sequence in tokens; None means the model's own, at most
             `DEFAULT_CONTEXT`.
         max_sequences: most sequences at once.
@@ -96,6 +97,7 @@ class PlanSettings:
     step_deadline_ms: int = 30_000
     max_instances: int = 1
     generation: int = 1
+    weight_format: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def make_plan(
     """Makes a plan that meets the policy on the nodes there are.
 
     Args:
-        profile: the model, counted in ``settings.dtype``.
+        profile: the model, counted in ``settings.dtype`` and ``settings.weight_format``.
         policy: the owner's policy.
         inventory: the nodes; their labels say where to ask for evidence, no more.
         settings: what the operator asks for.
@@ -287,6 +289,13 @@ def _wrong_settings(
     tp = settings.tensor_parallel
     if settings.dtype != profile.dtype:
         wrong.append(f"dtype: the profile is counted in {profile.dtype}, not {settings.dtype}")
+    if settings.weight_format != profile.weight_format:
+        wrong.append(
+            f"weight_format: the profile is counted in {profile.weight_format}, "
+            f"not {settings.weight_format}"
+        )
+    if settings.weight_format == "int8" and tp > 1:
+        wrong.append(f"weight_format: int8 is not sharded, expected 1 rank, found {tp}")
     if not 0 < settings.memory_fraction <= 1:
         wrong.append(f"memory_fraction: expected above 0 to 1, found {settings.memory_fraction}")
     if not 1 <= context <= profile.max_context:
@@ -608,6 +617,7 @@ def _plan(
         max_instances=settings.max_instances,
         generation=settings.generation,
         expires_at=settings.expires_at,
+        weight_format=settings.weight_format,
     )
     return Plan(
         template=template,

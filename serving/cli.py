@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from placement.plan import WEIGHT_FORMATS
 from serving.errors import CommandError, UsageError
 from serving.home import HOME_VARIABLE, Home, RunState
 from serving.planning import ModelSettings
@@ -113,6 +114,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="precision (default: the checkpoint's, as config.json says)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHT_FORMATS,
+        default="plain",
+        help="plain: in that precision; int8: linears and head as int8 with a scale for each "
+        "output, on CPUs only: less memory, faster answers, slightly other ones "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--context",

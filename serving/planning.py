@@ -40,6 +40,7 @@ class ModelSettings:
         policy: file, or the name of one under clusters/policies.
         served_name: name in the API; None takes the model's own.
         dtype: None takes the checkpoint's.
+        weight_format: of linears and head, one of `placement.plan.WEIGHT_FORMATS`.
         context: longest sequence in tokens; None takes the model's own, bounded by the planner.
         memory_fraction: share of a node's memory that shards may fill.
         max_sequences: most sequences at once.
@@ -52,6 +53,7 @@ class ModelSettings:
     policy: str
     served_name: str | None
     dtype: str | None
+    weight_format: str
     context: int | None
     memory_fraction: float
     max_sequences: int
@@ -78,6 +80,7 @@ class ModelSettings:
             policy=arguments.policy,
             served_name=arguments.served_name,
             dtype=arguments.dtype,
+            weight_format=arguments.weights,
             context=arguments.context,
             memory_fraction=arguments.memory_fraction,
             max_sequences=arguments.max_sequences,
@@ -146,7 +149,7 @@ def plan_model(
     now = int(time.time())
     dtype = source.dtype(settings.dtype)
     try:
-        profile = profile_model(source.config, dtype)
+        profile = profile_model(source.config, dtype, settings.weight_format)
         return make_plan(
             profile,
             policy,
@@ -163,6 +166,7 @@ def plan_model(
                 stages=settings.stages,
                 layer_splits=settings.layer_splits,
                 generation=now,
+                weight_format=settings.weight_format,
             ),
             manifest_digest=manifest_digest,
             policy_digest=policy.digest,

@@ -137,7 +137,7 @@ def _fault(epoch: Epoch, reason: str, error: Exception | None) -> None:
 
 async def start(arguments: Arguments) -> LocalEngine:
     """Loads the model."""
-    size = Size(context=arguments.context, sequences=arguments.sequences)
+    size = Size(arguments.context, arguments.sequences, weight_format=arguments.weights)
     return LocalEngine(arguments.model, size, arguments.threads)
 
 

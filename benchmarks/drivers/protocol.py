@@ -51,6 +51,7 @@ class Arguments:
         context: longest sequence, in tokens.
         sequences: most sequences at once.
         answers: descriptor for answers.
+        weights: format of linears and head; peers have the plain one only.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class Arguments:
     context: int
     sequences: int
     answers: int
+    weights: str
 
 
 class Engine(Protocol):
@@ -78,6 +80,7 @@ def drive(description: str | None, start: Callable[[Arguments], Awaitable[Engine
     parser.add_argument("--model", type=Path, required=True)
     for name in ("threads", "context", "sequences", "answers"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--weights", default="plain")
     arguments = Arguments(**vars(parser.parse_args()))
     # The engine's own processes must not hold our end of it.
     os.set_inheritable(arguments.answers, False)

@@ -23,6 +23,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -33,6 +34,8 @@ from runtime.stage.tensor_parallel import (
     Message,
     RankJob,
     TensorParallelPlan,
+    decode_count,
+    encode_count,
     read_message,
     segment_prefix,
     step_limits,
@@ -125,15 +128,21 @@ def _serve(
 
     def report(done_bytes: int, _total_bytes: int) -> None:
         nonlocal reported
-        write_message(answers, Message.PROGRESS, (done_bytes - reported).to_bytes(8, "little"))
+        write_message(answers, Message.PROGRESS, encode_count(done_bytes - reported))
         reported = done_bytes
 
     layers = LayerStack(checkpoint, job.settings, ProgressCount(0, report), shard)
     files.close()
     limits = step_limits(job.settings)
-    write_message(answers, Message.READY)
+    write_message(answers, Message.READY, encode_count(layers.block_bytes))
     while True:
         kind, payload = inbox.get()
+        if kind is Message.CACHE:
+            blocks = decode_count(payload)
+            layers.open_cache(blocks)
+            limits = replace(limits, cache_blocks=blocks)
+            write_message(answers, Message.DONE)
+            continue
         if kind is Message.RESET:
             layers.reset()
             write_message(answers, Message.DONE)

@@ -221,7 +221,11 @@ class Shard:
             )
             if role.stage == 0:
                 self._head = self._make_head(template, files, spec.instance, key)
-            self._set(ShardState.WAITING, "loaded; waiting for the roster")
+            self._set(
+                ShardState.WAITING,
+                f"loaded; cache of {self._stage.cache_blocks} of {template.cache_blocks} planned "
+                "blocks; waiting for the roster",
+            )
             self._serve(membership, template, role, listener, key)
         finally:
             listener.close()
@@ -337,4 +341,5 @@ def stage_settings(template: PlanTemplate, role: RoleTemplate, threads: int) -> 
         max_context=template.max_context,
         hidden_size=template.hidden_size,
         threads=threads,
+        weight_format=template.weight_format,
     )

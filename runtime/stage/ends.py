@@ -63,7 +63,10 @@ class Ends:
             self._head = checkpoint.parts.part(DecoderParts.HEAD)
             self._head.weight = head.weight
             return
-        self._packed = PackedLinear(team, head.get_parameter("weight"))
+        self._packed = PackedLinear(team, head.get_parameter("weight"), settings.weight_format)
+        if settings.weight_format != "plain" and head is self._embedding:
+            # An embedding stays exact; its rows are not those that the head multiplies with.
+            return
         head.register_parameter("weight", None)
         if isinstance(head, nn.Embedding):
             # What else an embedding does to its rows (Gemma scales them) is still its own.

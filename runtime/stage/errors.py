@@ -4,6 +4,7 @@ from typing import ClassVar
 
 __all__ = [
     "CheckpointMismatch",
+    "InsufficientMemory",
     "NonFinite",
     "RankFailed",
     "StageError",
@@ -29,6 +30,12 @@ class CheckpointMismatch(StageError):
     """The checkpoint's tensors are not the ones that its configuration calls for."""
 
     code: ClassVar[str] = "checkpoint_mismatch"
+
+
+class InsufficientMemory(StageError):
+    """What is left of the memory after loading holds no cache that the plan could work with."""
+
+    code: ClassVar[str] = "insufficient_memory"
 
 
 class UnsupportedAttention(StageError):

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["PagedCache"]
+__all__ = ["PagedCache", "committed_zeros"]
+
+
+def committed_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory is taken at once.
+
+    `torch.zeros` only reserves addresses, so that whoever measures what is left would count it in,
+    and the first long prompt would find that it is gone.
+    """
+    return torch.empty(*shape, dtype=dtype).zero_()
 
 
 class PagedCache:
@@ -32,8 +43,8 @@ class PagedCache:
         self.block_size = block_size
         shape = (blocks, block_size, heads, head_size)
         # Zeros, not whatever was there: hidden positions are multiplied by 0, and 0 * NaN is NaN.
-        self._keys_NPKE = {layer: torch.zeros(shape, dtype=dtype) for layer in layers}
-        self._values_NPKE = {layer: torch.zeros(shape, dtype=dtype) for layer in layers}
+        self._keys_NPKE = {layer: committed_zeros(shape, dtype) for layer in layers}
+        self._values_NPKE = {layer: committed_zeros(shape, dtype) for layer in layers}
 
     @property
     def bytes(self) -> int:

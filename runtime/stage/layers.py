@@ -19,7 +19,17 @@ __all__ = ["LayerStack", "Layers"]
 
 
 class Layers(Protocol):
-    """Layers of a stage, in this process or on tensor-parallel ranks."""
+    """Layers of a stage, in this process or on tensor-parallel ranks.
+
+    They are loaded when they are made; then comes `open_cache`, once, and only then steps.
+    """
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one cache block in all layers, on all ranks together."""
+
+    def open_cache(self, blocks: int) -> None:
+        """Makes the cache and takes its memory."""
 
     def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, D] after the layers; writes the step's positions to the cache."""
@@ -62,21 +72,35 @@ class LayerStack:
             self._layers.append((layer, rotation_name(config, index)))
             progress.add(checkpoint.bytes_of([name]))
         self._rotations = checkpoint.parts.rotations(indices)
-        head_size = getattr(config, "head_dim", None) or (
+        self._settings = settings
+        self._heads: int = config.num_key_value_heads // settings.tp
+        self._head_size: int = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
+        self._cache: PagedCache | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """See `Layers`; of this rank."""
+        row = self._heads * self._head_size * self._settings.torch_dtype.itemsize
+        return 2 * len(self._layers) * self._settings.block_size * row
+
+    def open_cache(self, blocks: int) -> None:
+        """See `Layers`."""
+        settings = self._settings
         self._cache = PagedCache(
-            indices,
-            blocks=settings.cache_blocks,
+            range(settings.first_layer, settings.last_layer),
+            blocks=blocks,
             block_size=settings.block_size,
-            heads=config.num_key_value_heads // settings.tp,
-            head_size=head_size,
+            heads=self._heads,
+            head_size=self._head_size,
             dtype=settings.torch_dtype,
         )
 
     @torch.inference_mode()
     def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
         """See `Layers`."""
+        assert self._cache is not None, "the cache is open"
         step = attention.PagedStep(self._cache, header)
         hidden_1TD = hidden_TD[None]
         rotations = self._rotations.at(hidden_1TD, step.positions_1T)
@@ -93,8 +117,10 @@ class LayerStack:
     @torch.inference_mode()
     def reset(self) -> None:
         """See `Layers`."""
-        self._cache.clear()
+        if self._cache is not None:
+            self._cache.clear()
 
     def close(self) -> None:
         """See `Layers`."""
         self._layers.clear()
+        self._cache = None

@@ -15,6 +15,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called while loading with (bytes read so far, bytes in all), both of the checkpoint."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_WEIGHT_FORMATS = ("plain", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class StageSettings:
         max_context: positions of a sequence at most.
         hidden_size: width of the hidden states.
         threads: CPU threads of the stage, divided among its ranks.
+        weight_format: of the layers' linears and the LM head: "plain" keeps them in `dtype`,
+            "int8" as `runtime.stage.quantise` makes them, which only the native decoder computes.
     """
 
     first_layer: int
@@ -45,10 +48,15 @@ class StageSettings:
     max_context: int
     hidden_size: int
     threads: int
+    weight_format: str = "plain"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {_DTYPES}, found {self.dtype!r}")
+        if self.weight_format not in _WEIGHT_FORMATS:
+            raise ValueError(
+                f"weight_format: expected one of {_WEIGHT_FORMATS}, found {self.weight_format!r}"
+            )
         if not 0 <= self.first_layer < self.last_layer <= self.layers:
             raise ValueError(
                 f"layers: expected a non-empty range within 0 to {self.layers}, "

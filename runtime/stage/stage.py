@@ -11,6 +11,7 @@ from runtime.stage.checkpoint import ProgressCount, open_checkpoint
 from runtime.stage.ends import Ends
 from runtime.stage.errors import NonFinite, StepRefused
 from runtime.stage.layers import Layers, LayerStack
+from runtime.stage.memory import affordable_blocks
 from runtime.stage.native.stack import NativeLayers, open_team
 from runtime.stage.settings import Progress, StageSettings
 from security.channel.admission import Admission
@@ -37,6 +38,7 @@ class StageRunner:
     Raises:
         UnsupportedModel, CheckpointMismatch: the model cannot be computed as planned.
         RankFailed: a tensor-parallel rank did not come up.
+        InsufficientMemory: too little memory is left for the cache.
         SecurityError: a file or tensor is not what the manifest says.
     """
 
@@ -63,6 +65,12 @@ class StageRunner:
             from runtime.stage.tensor_parallel import TensorParallelGroup
 
             self._layers = TensorParallelGroup(files, checkpoint, settings, count)
+        try:
+            self._cache_blocks = affordable_blocks(settings, self._layers.block_bytes)
+            self._layers.open_cache(self._cache_blocks)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def backend(self) -> str:
@@ -118,8 +126,12 @@ class StageRunner:
 
     @property
     def cache_blocks(self) -> int:
-        """Cache blocks that this stage has, at most the plan's."""
-        return self._settings.cache_blocks
+        """Cache blocks that this stage has memory for, at most the plan's."""
+        return self._cache_blocks
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] in float32 of rows that `forward` returned; last stage only."""
+        return self._ends.logits(hidden_SD)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Takes the sequences that a step admits, before that step is sampled; last stage only."""
@@ -160,10 +172,10 @@ class StageRunner:
                     f"{self._settings.max_context}, found {sequence.count} up to {end}"
                 )
             if len(sequence.blocks) * size < end or not all(
-                0 <= block < self._settings.cache_blocks for block in sequence.blocks
+                0 <= block < self._cache_blocks for block in sequence.blocks
             ):
                 raise StepRefused(
                     f"step {header.step}: slot {sequence.slot}: expected blocks below "
-                    f"{self._settings.cache_blocks} for {end} positions, "
+                    f"{self._cache_blocks} for {end} positions, "
                     f"found {len(sequence.blocks)} of {size}"
                 )

@@ -58,6 +58,8 @@ __all__ = [
     "RankJob",
     "TensorParallelGroup",
     "TensorParallelPlan",
+    "decode_count",
+    "encode_count",
     "read_message",
     "segment_prefix",
     "step_limits",
@@ -93,9 +95,10 @@ class Message(IntEnum):
     STEP = 3  # to the rank: a step frame
     RESET = 4  # to the rank: empty the cache
     PROGRESS = 5  # from the rank: bytes read since the last one, u64
-    READY = 6  # from the rank: loaded
-    DONE = 7  # from the rank: a step or reset is done; rank 0 adds the rows of a step
+    READY = 6  # from the rank: loaded; bytes of one cache block on it, u64
+    DONE = 7  # from the rank: a step, reset or cache is done; rank 0 adds the rows of a step
     FAILED = 8  # from the rank: why, in UTF-8
+    CACHE = 9  # to the rank: make a cache of so many blocks, u64
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,16 @@ def _read_exactly(stream: IO[bytes], length: int) -> bytearray | None:
             return None
         done += count
     return content
+
+
+def encode_count(count: int) -> bytes:
+    """The payload of a message that holds one number."""
+    return count.to_bytes(8, "little")
+
+
+def decode_count(payload: bytes | bytearray) -> int:
+    """Reads what `encode_count` wrote."""
+    return int.from_bytes(payload, "little")
 
 
 def step_limits(settings: StageSettings) -> FrameLimits:
@@ -399,6 +412,7 @@ class TensorParallelGroup:
         plan.prepare(checkpoint.parts.part(checkpoint.parts.layer_name(settings.first_layer)))
         sweep_segments()
         self._settings = settings
+        self._block_bytes = 0
         self._failure: str | None = None
         self._messages: queue.SimpleQueue[tuple[int, Message, bytearray]] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -419,6 +433,20 @@ class TensorParallelGroup:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the ranks, in order."""
         return tuple(process.pid for process in self._processes)
+
+    @property
+    def block_bytes(self) -> int:
+        """See `Layers`."""
+        return self._block_bytes
+
+    def open_cache(self, blocks: int) -> None:
+        """See `Layers`. Raises RankFailed.
+
+        One number for all ranks, found after all have loaded: each would find another one while
+        the others take their memory.
+        """
+        self._send(Message.CACHE, [memoryview(encode_count(blocks))])
+        self._await_done("the making of the cache")
 
     def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
         """See `Layers`. Raises RankFailed."""
@@ -498,8 +526,9 @@ class TensorParallelGroup:
         while waiting:
             rank, kind, payload = self._next(START_SILENCE_S, "their start")
             if kind is Message.PROGRESS and rank == 0:
-                progress.add(int.from_bytes(payload, "little"))
+                progress.add(decode_count(payload))
             elif kind is Message.READY:
+                self._block_bytes += decode_count(payload)
                 waiting.discard(rank)
 
     # -- messages -----------------------------------------------------------------------------

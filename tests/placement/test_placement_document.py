@@ -27,6 +27,7 @@ from placement.plan import (
     StageEstimate,
     Trust,
 )
+from runtime.shard.shard import stage_settings
 
 PLAN = plan([node("a"), node("b")])
 
@@ -330,3 +331,15 @@ def test_long_templates_are_refused() -> None:
 )
 def test_trust_covers(has: Trust, needs: Trust, covered: bool) -> None:
     assert has.covers(needs) is covered
+
+
+def test_stages_are_told_what_the_template_says() -> None:
+    template = replace(PLAN.template, weight_format="int8", dtype="bfloat16")
+    told = stage_settings(template, template.roles[1], threads=3)
+    for name in ("weight_format", "dtype", "layers", "block_size", "cache_blocks", "max_context"):
+        assert getattr(told, name) == getattr(template, name)
+    assert (told.first_layer, told.last_layer) == (
+        template.roles[1].first_layer,
+        template.roles[1].last_layer,
+    )
+    assert told.threads == 3

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from placement_samples import GIB, MIXED, node, plan, policy, profile
+from placement_samples import CONFIG, GIB, MIXED, node, plan, policy, profile
 
 from placement.cost import PROCESS_BYTES
 from placement.explain import explain_infeasible, explain_plan, plan_table, weakness_warnings
 from placement.inventory import Inventory
+from placement.model_profile import profile_model
 from placement.plan import Plan, Trust
 from placement.planner import Infeasible, bind
 from placement.policy import Policy
@@ -313,6 +314,30 @@ def test_the_table_names_every_stage() -> None:
     assert table[2].split()[:2] == ["stage-1", "3-7"]
     assert "8 layers in float32 on 2 nodes" in table[3]
     assert max(map(len, table)) <= 110
+
+
+def test_int8_weights_are_planned_signed_and_shown() -> None:
+    nodes = [node("a")]
+    plain = plan(nodes)
+    int8 = plan(nodes, None, profile_model(CONFIG, "float32", "int8"), weight_format="int8")
+    before, after = plain.estimates[-1], int8.estimates[-1]
+    assert after.weight_bytes < before.weight_bytes / 2
+    assert after.step_cost < before.step_cost
+    assert int8.template.weight_format == "int8"
+    assert int8.template.digest != plain.template.digest
+    assert replace(int8.template, weight_format="plain").digest != int8.template.digest
+    assert Plan.from_bytes(int8.to_bytes()) == int8
+    verify_template(int8.template, policy(), policy().digest)
+    assert "8 layers in float32 with int8 weights on 1 node" in plan_table(int8)
+    assert "weights on" not in plan_table(plain)
+
+
+def test_int8_weights_that_cannot_be_planned() -> None:
+    nodes = [node("a")]
+    assert "weight_format: the profile is counted in plain" in reasons(nodes, weight_format="int8")
+    int8 = profile_model(CONFIG, "float32", "int8")
+    with pytest.raises(Infeasible, match="int8 is not sharded, expected 1 rank, found 2"):
+        plan(nodes, None, int8, weight_format="int8", tensor_parallel=2)
 
 
 def test_warnings_are_shown() -> None:

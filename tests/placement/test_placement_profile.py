@@ -124,6 +124,51 @@ def test_bytes_are_those_of_the_real_modules(
     assert split == profile.embedding_bytes + profile.norm_bytes + profile.head_bytes
 
 
+def int8_size(module: torch.nn.Module) -> int:
+    """Bytes when matrices of linears are int8 with a float32 scale for each output channel."""
+    linears = [part.weight for part in module.modules() if isinstance(part, torch.nn.Linear)]
+    saved = sum((w.element_size() - 1) * w.numel() - 4 * len(w) for w in linears)
+    return size(module) - saved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "extra"), DENSE)
+def test_int8_counts_the_real_modules_linears(
+    family: str, extra: dict[str, object], dtype: str, tied: bool
+) -> None:
+    config = AutoConfig.for_model(family, **{**BASE, **extra}, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    plain, int8 = (profile_model(config.to_dict(), dtype, name) for name in ("plain", "int8"))
+    assert [layer.weight_bytes for layer in int8.layers] == [
+        int8_size(layer) for layer in model.model.layers
+    ]
+    assert int8.layers[0].active_bytes == int8.layers[0].weight_bytes
+    assert int8.head_bytes == int8_size(model.lm_head)
+    # A tied embedding stays exact, so that one stage holds both.
+    assert int8.ends_bytes(0, 3) == plain.embedding_bytes + plain.norm_bytes + int8.head_bytes
+    for name in ("embedding_bytes", "norm_bytes", "parameters"):
+        assert getattr(int8, name) == getattr(plain, name)
+    for name in ("kv_bytes_per_token", "flops_per_token", "replicated_bytes"):
+        assert getattr(int8.layers[0], name) == getattr(plain.layers[0], name)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "weight_format", "reason"),
+    [
+        ("mixtral", "float32", "int8", "plain, as mixtral has experts, found 'int8'"),
+        ("llama", "float16", "int8", "plain, as the dtype is float16, found 'int8'"),
+        ("llama", "float32", "int4", "one of plain, int8, found 'int4'"),
+    ],
+)
+def test_weight_formats_that_no_stage_computes(
+    family: str, dtype: str, weight_format: str, reason: str
+) -> None:
+    with pytest.raises(ProfileError, match=f"weight_format: expected {reason}"):
+        profile_model({**BASE, "model_type": family}, dtype, weight_format)
+
+
 @pytest.mark.parametrize(("family", "extra"), DENSE)
 def test_arithmetic_follows_the_linears(family: str, extra: dict[str, object]) -> None:
     config = AutoConfig.for_model(family, **{**BASE, **extra})

@@ -153,6 +153,7 @@ TEMPLATE_CORRUPTIONS: list[st.SearchStrategy[dict[str, object]]] = [
     st.sampled_from(["ff" * 32, "", "FF" * 32]).map(lambda value: {"policy_digest": value}),
     st.sampled_from(["", "a" * 63, "g" * 64]).map(lambda value: {"manifest_digest": value}),
     st.sampled_from(["int8", "", "Float32"]).map(lambda value: {"dtype": value}),
+    st.sampled_from(["int4", "", "INT8", "bfloat16"]).map(lambda value: {"weight_format": value}),
     st.integers(-2, 0).map(lambda value: {"max_sequences": value}),
     st.integers(-2, 0).map(lambda value: {"max_instances": value}),
     st.integers(-2, 0).map(lambda value: {"expires_at": value}),

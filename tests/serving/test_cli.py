@@ -162,10 +162,11 @@ def test_shipped_policies_are_found_by_name() -> None:
 
 def test_settings_pass_through_the_childs_command_line() -> None:
     arguments = make_parser().parse_args(
-        ["serve", "--model", "m", "--layer-splits", "1,3", "--context", "64"]
+        ["serve", "--model", "m", "--layer-splits", "1,3", "--context", "64", "--weights", "int8"]
     )
     settings = ModelSettings.from_arguments(arguments)
     assert settings.layer_splits == (1, 3)
+    assert settings.weight_format == "int8"
     assert ModelSettings.from_json(settings.to_json()) == settings
 
 

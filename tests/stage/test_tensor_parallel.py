@@ -20,11 +20,12 @@ from torch import nn
 from transformers import LlamaConfig
 
 from runtime.shard.rank import extension_directory, failure_text
-from runtime.stage import tensor_parallel
+from runtime.stage import memory, tensor_parallel
 from runtime.stage.checkpoint import ProgressCount, open_checkpoint
-from runtime.stage.errors import RankFailed, UnsupportedModel
+from runtime.stage.errors import RankFailed, StepRefused, UnsupportedModel
 from runtime.stage.fused import split_fused
 from runtime.stage.layers import LayerStack
+from runtime.stage.memory import RESERVE_BYTES
 from runtime.stage.probe import ShardingProbe
 from runtime.stage.stage import StageRunner
 from runtime.stage.tensor_parallel import TensorParallelGroup, TensorParallelPlan, sweep_segments
@@ -106,6 +107,31 @@ def test_tokens_equal_generate(stage: StageRunner, checkpoint: Callable[[str], P
     assert generate(Chain([stage]), prompts, 12) == expected
     stage.reset()
     assert generate(Chain([stage]), prompts, 12, chunk=60, seed=4) == expected
+
+
+def test_all_ranks_make_the_cache_that_fits(
+    stage: StageRunner,
+    checkpoint: Callable[[str], Path],
+    open_files: Callable[[Path], ModelFiles],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = 2 * 6 * 4 * 2 * 32 * 4  # keys and values of 6 layers, 2 heads of 32 numbers
+    assert ranks_of(stage).block_bytes == whole
+    assert stage.cache_blocks == 128
+    available = 2 * RESERVE_BYTES + 70 * whole
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
+    scarce = StageRunner(open_files(checkpoint("qwen3")), settings(tp=2))
+    assert scarce.cache_blocks == 70
+    expected = stage.forward(STEP, token_ids=[1, 2, 3])
+    highest = StepHeader(0, (SequenceStep(0, 0, 3, (69,), True),))
+    assert torch.equal(scarce.forward(highest, token_ids=[1, 2, 3]), expected)
+    beyond = StepHeader(0, (SequenceStep(0, 0, 3, (70,), True),))
+    with pytest.raises(StepRefused, match="expected blocks below 70"):
+        scarce.forward(beyond, token_ids=[1, 2, 3])
+    # A rank holds its steps to the same bound.
+    with pytest.raises(RankFailed, match="below 70"):
+        ranks_of(scarce).forward(beyond, torch.zeros(3, 64))
+    scarce.close()
 
 
 def test_ranks_leave_nothing_and_listen_nowhere_else(stage: StageRunner) -> None:

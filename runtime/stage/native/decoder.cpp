@@ -38,6 +38,16 @@ template <class T> struct Product {
     bool gelu = false;       // GATE
 };
 
+// Scales of 16 columns whose first is `column`; 1 where the tiles need none, which changes no sum.
+inline __m512 scales_of(const Linear &linear, int64_t column, __mmask16 mask) {
+    return linear.scales ? _mm512_maskz_loadu_ps(mask, linear.scales + column)
+                         : _mm512_set1_ps(1.0f);
+}
+
+inline __m512 biases_of(const Linear &linear, int64_t column, __mmask16 mask) {
+    return linear.bias ? _mm512_maskz_loadu_ps(mask, linear.bias + column) : _mm512_setzero_ps();
+}
+
 // Takes the sums of one pair of tiles to their place.
 template <class T>
 void finish(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row, int rows,
@@ -47,27 +57,27 @@ void finish(const Linear &linear, const Product<T> &product, int64_t panel, int6
         if (column >= linear.outputs) return;
         const int64_t left = linear.outputs - column;
         const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
-        const __m512 bias = linear.bias ? _mm512_maskz_loadu_ps(mask, linear.bias + column)
-                                        : _mm512_setzero_ps();
+        const __m512 scale = scales_of(linear, column, mask);
+        const __m512 bias = biases_of(linear, column, mask);
+        const auto product_at = [&](int r) {
+            return _mm512_fmadd_ps(load(sums + r * WIDTH), scale, bias);
+        };
         const int64_t width = linear.outputs;
         if (product.into == Into::LOGITS) {
             float *to = product.logits + row * width + column;
             for (int r = 0; r < rows; r++, to += width)
-                _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(load(sums + r * WIDTH), bias));
+                _mm512_mask_storeu_ps(to, mask, product_at(r));
             continue;
         }
         // Every width inside a layer is a multiple of 16 (native/stack.py).
         T *to = product.output + row * width + column;
         if (product.into == Into::STORE) {
-            for (int r = 0; r < rows; r++, to += width)
-                store(to, _mm512_add_ps(load(sums + r * WIDTH), bias));
+            for (int r = 0; r < rows; r++, to += width) store(to, product_at(r));
             continue;
         }
         const __m512 multiplier = _mm512_set1_ps(product.multiplier);
-        for (int r = 0; r < rows; r++, to += width) {
-            __m512 sum = _mm512_add_ps(load(sums + r * WIDTH), bias);
-            store(to, _mm512_fmadd_ps(sum, multiplier, load(to)));
-        }
+        for (int r = 0; r < rows; r++, to += width)
+            store(to, _mm512_fmadd_ps(product_at(r), multiplier, load(to)));
     }
 }
 
@@ -75,14 +85,17 @@ void finish(const Linear &linear, const Product<T> &product, int64_t panel, int6
 template <class T>
 void finish_gates(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row,
                   int rows, const float *sums) {
-    const float *bias = linear.bias ? linear.bias + panel * WIDTH : nullptr;
+    constexpr __mmask16 ALL = 0xffff; // a pair of tiles is whole
+    const int64_t column = panel * WIDTH;
+    const __m512 gate_scale = scales_of(linear, column, ALL);
+    const __m512 gate_bias = biases_of(linear, column, ALL);
+    const __m512 up_scale = scales_of(linear, column + LANES, ALL);
+    const __m512 up_bias = biases_of(linear, column + LANES, ALL);
     const int64_t lines = lines_of(linear.outputs / 2, sizeof(T));
     for (int r = 0; r < rows; r++) {
-        __m512 gate = load(sums + r * WIDTH), up = load(sums + r * WIDTH + LANES);
-        if (bias) {
-            gate = _mm512_add_ps(gate, load(bias));
-            up = _mm512_add_ps(up, load(bias + LANES));
-        }
+        const float *pair = sums + r * WIDTH;
+        const __m512 gate = _mm512_fmadd_ps(load(pair), gate_scale, gate_bias);
+        const __m512 up = _mm512_fmadd_ps(load(pair + LANES), up_scale, up_bias);
         T *to = tiled_row(product.output, row + r, lines);
         store(element(to, panel * LANES, TILED_STEP<T>),
               _mm512_mul_ps(product.gelu ? gelu_tanh(gate) : silu(gate), up));
@@ -91,6 +104,10 @@ void finish_gates(const Linear &linear, const Product<T> &product, int64_t panel
 
 // What each thread needs for itself.
 struct Scratch {
+    // Lines of each of two int8 tiles that are widened at a time, and where to.
+    static constexpr int WIDENED_LINES = 8;
+    static constexpr int WIDENED_BYTES = WIDENED_LINES * LINE_UNITS * LINE;
+    alignas(LINE) char widened[2][WIDENED_BYTES];
     std::vector<float> sums;
     float *room(int64_t rows) {
         const size_t floats = round_up(rows, 2 * TILE_ROWS) * WIDTH;
@@ -109,14 +126,19 @@ inline int64_t rows_in_l2(int64_t lines) {
 // panel `next` is brought there meanwhile.
 template <class T>
 void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, int64_t panel,
-                    int64_t begin, int64_t end, int64_t next, float *all_sums) {
+                    int64_t begin, int64_t end, int64_t next, Scratch &scratch) {
     const int lines = int(lines_of(linear.inputs, sizeof(T)));
-    const size_t tile_bytes = size_t(lines) * LINE_UNITS * LINE;
+    const bool int8 = linear.scales;
+    const size_t line_bytes = LINE_UNITS * (int8 ? NARROW_UNIT<T> : LINE); // of a tile
+    const size_t tile_bytes = lines * line_bytes;
+    float *all_sums = scratch.room(end - begin);
     const char *first = (const char *)linear.tiles + panel * 2 * tile_bytes;
     const char *second = first + tile_bytes;
     const int passes = int(divide_up(end - begin, amx ? 2 * TILE_ROWS : ROWS));
     // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
-    const int run = passes > 1 ? UNITS_IN_L1 / (amx ? 2 : 1) / LINE_UNITS : lines;
+    const int run = int8         ? Scratch::WIDENED_LINES
+                    : passes > 1 ? UNITS_IN_L1 / (amx ? 2 : 1) / LINE_UNITS
+                                 : lines;
     std::pair<int64_t, int> waiting; // first row and number of rows
     const auto finish_waiting = [&] {
         const auto [row, count] = waiting;
@@ -128,8 +150,14 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
     };
     for (int line = 0; line < lines; line += run) {
         const int length = std::min(run, lines - line);
-        const char *l = first + size_t(line) * LINE_UNITS * LINE;
-        const char *h = second + size_t(line) * LINE_UNITS * LINE;
+        const char *l = first + line * line_bytes, *h = second + line * line_bytes;
+        const char *wanted = (const char *)linear.tiles + next * 2 * tile_bytes + (l - first);
+        if (int8) {
+            const int8_t *const soon = (const int8_t *)wanted;
+            widen<T>((const int8_t *)l, length, scratch.widened[0], soon);
+            widen<T>((const int8_t *)h, length, scratch.widened[1], soon + tile_bytes);
+            l = scratch.widened[0], h = scratch.widened[1];
+        }
         const bool last = line + length == lines;
         waiting = {begin, 0};
         for (int64_t row = begin; row < end;) {
@@ -138,8 +166,7 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
                 const T *start = tiled_row(product.rows, r, lines);
                 return Rows{(const char *)start + line * ROW_TILE_BYTES, LINE, ROW_TILE_BYTES};
             };
-            const char *wanted = (const char *)linear.tiles + next * 2 * tile_bytes + (l - first);
-            const Ahead ahead{{wanted, wanted + tile_bytes}, row == begin ? 2 : 0};
+            const Ahead ahead{{wanted, wanted + tile_bytes}, row == begin && !int8 ? 2 : 0};
             int count;
             if (amx) {
                 count = int(std::min<int64_t>(end - row, 2 * TILE_ROWS));
@@ -167,12 +194,11 @@ void multiply_panels(const Linear &linear, const Product<T> &product, bool amx, 
     const int64_t lines = lines_of(linear.inputs, sizeof(T));
     const int64_t panels = divide_up(linear.outputs, WIDTH), at_once = rows_in_l2(lines);
     const int64_t parts = panels * divide_up(product.count, at_once);
-    float *sums = scratch.room(std::min(product.count, at_once));
     for (int64_t part = tickets.take(phase); part < parts;) {
         const int64_t next = tickets.take(phase);
         const int64_t begin = part / panels * at_once;
         multiply_panel(linear, product, amx, part % panels, begin,
-                       std::min(product.count, begin + at_once), next % panels, sums);
+                       std::min(product.count, begin + at_once), next % panels, scratch);
         part = next;
     }
 }
@@ -461,16 +487,26 @@ using namespace bulkhead;
 int bulkhead_amx() { return amx_permitted(); }
 
 // Changes with anything that native/library.py must know.
-int bulkhead_abi() { return 1; }
+int bulkhead_abi() { return 2; }
 
 // Tiles of a weight [outputs, inputs]; see pack.
 void bulkhead_pack(void *team, int bfloat, const void *weight, int64_t outputs, int64_t inputs,
                    void *tiles) {
+    Team &members = *static_cast<Team *>(team);
     if (bfloat)
-        pack(*static_cast<Team *>(team), (const bfloat16 *)weight, outputs, inputs,
-             (bfloat16 *)tiles);
+        pack<bfloat16>(members, (const bfloat16 *)weight, outputs, inputs, (bfloat16 *)tiles);
     else
-        pack(*static_cast<Team *>(team), (const float *)weight, outputs, inputs, (float *)tiles);
+        pack<float>(members, (const float *)weight, outputs, inputs, (float *)tiles);
+}
+
+// As `bulkhead_pack`, of int8 for a stage of that type.
+void bulkhead_pack_int8(void *team, int bfloat, const int8_t *weight, int64_t outputs,
+                        int64_t inputs, int8_t *tiles) {
+    Team &members = *static_cast<Team *>(team);
+    if (bfloat)
+        pack<bfloat16>(members, weight, outputs, inputs, tiles);
+    else
+        pack<float>(members, weight, outputs, inputs, tiles);
 }
 
 // rows [count, inputs] = rows `ids` of the matrix that was packed: an embedding that shares the head's tiles.

@@ -8,6 +8,7 @@ extern "C" {
 
 struct Linear {
     const void *tiles;       // see pack in tiles.h
+    const float *scales;     // [outputs] of int8 tiles, null where tiles are of the stage's type
     const float *bias;       // [outputs] or null
     int64_t inputs, outputs;
 };

@@ -11,16 +11,17 @@ import ctypes
 import logging
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["Layer", "Library", "Linear", "Shape", "Step", "Team", "load_library"]
+__all__ = ["Layer", "Library", "Linear", "PackedWeight", "Shape", "Step", "Team", "load_library"]
 
 _log = logging.getLogger(__name__)
 
-_ABI = 1
+_ABI = 2
 _PATH = Path(__file__).with_name("decoder" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _CPUINFO = Path("/proc/cpuinfo")
 _NEEDED = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -33,6 +34,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = (
         ("tiles", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
@@ -96,6 +98,29 @@ class Step(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight [outputs, inputs] as tiles, in an order of their own.
+
+    Attributes:
+        tiles_OI: O filled up to 32, I to lines of 64 bytes of the dtype that is computed in.
+        scales_O: of int8 tiles, float32; None where the tiles are of the dtype computed in.
+        outputs, inputs: of the weight.
+        dtype: that is computed in.
+    """
+
+    tiles_OI: torch.Tensor
+    scales_O: torch.Tensor | None
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+
+    def linear(self, bias: int | None = None) -> Linear:
+        """The structure of the linear; `bias` is the address of float32 numbers [outputs]."""
+        scales = None if self.scales_O is None else self.scales_O.data_ptr()
+        return Linear(self.tiles_OI.data_ptr(), scales, bias, self.inputs, self.outputs)
+
+
 class Library:
     """The functions of decoder.cpp. Pointers must stay valid as long as their owners use them.
 
@@ -111,6 +136,18 @@ class Library:
             ("team_free", None, (ctypes.c_void_p,)),
             (
                 "pack",
+                None,
+                (
+                    ctypes.c_void_p,
+                    ctypes.c_int,
+                    ctypes.c_void_p,
+                    ctypes.c_int64,
+                    ctypes.c_int64,
+                    ctypes.c_void_p,
+                ),
+            ),
+            (
+                "pack_int8",
                 None,
                 (
                     ctypes.c_void_p,
@@ -182,16 +219,34 @@ class Library:
         """Ends a stage."""
         self._functions.bulkhead_stage_free(stage)
 
-    def pack(self, team: Team, weight_OI: torch.Tensor) -> torch.Tensor:
-        """The weight as tiles, in an order of their own: O filled up to 32, I to 64 bytes."""
+    def pack(self, team: Team, weight_OI: torch.Tensor) -> PackedWeight:
+        """The weight as tiles of its own dtype."""
+        tiles = self._tiles(team, weight_OI, weight_OI.dtype)
+        outputs, inputs = weight_OI.shape
+        return PackedWeight(tiles, None, outputs, inputs, weight_OI.dtype)
+
+    def pack_int8(
+        self, team: Team, numbers_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype
+    ) -> PackedWeight:
+        """An int8 weight (see `runtime.stage.quantise`) as tiles for a stage of this dtype."""
+        tiles = self._tiles(team, numbers_OI, dtype)
+        outputs, inputs = numbers_OI.shape
+        return PackedWeight(tiles, scales_O, outputs, inputs, dtype)
+
+    def _tiles(self, team: Team, weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         outputs, inputs = weight_OI.shape
         weight_OI = weight_OI.contiguous()
-        line = 64 // weight_OI.element_size()
+        line = 64 // dtype.itemsize
         shape = (-(-outputs // 32) * 32, -(-inputs // line) * line)
         tiles = torch.empty(shape, dtype=weight_OI.dtype)
-        self._functions.bulkhead_pack(
+        pack = (
+            self._functions.bulkhead_pack_int8
+            if weight_OI.dtype == torch.int8
+            else self._functions.bulkhead_pack
+        )
+        pack(
             team.pointer,
-            weight_OI.dtype == torch.bfloat16,
+            dtype == torch.bfloat16,
             weight_OI.data_ptr(),
             outputs,
             inputs,
@@ -199,31 +254,29 @@ class Library:
         )
         return tiles
 
-    def unpack(self, tiles_OI: torch.Tensor, inputs: int, rows_T: torch.Tensor) -> torch.Tensor:
-        """Rows [T, I] of the weight that was packed. `rows_T`: int64, within the weight."""
-        rows_TI = torch.empty(len(rows_T), inputs, dtype=tiles_OI.dtype)
+    def unpack(self, weight: PackedWeight, rows_T: torch.Tensor) -> torch.Tensor:
+        """Rows [T, I] of a weight of `pack`. `rows_T`: int64, within the weight."""
+        assert weight.scales_O is None, "int8 numbers are not the weight"
+        rows_TI = torch.empty(len(rows_T), weight.inputs, dtype=weight.dtype)
         self._functions.bulkhead_unpack(
-            tiles_OI.dtype == torch.bfloat16,
-            tiles_OI.data_ptr(),
-            inputs,
+            weight.dtype == torch.bfloat16,
+            weight.tiles_OI.data_ptr(),
+            weight.inputs,
             rows_T.data_ptr(),
             len(rows_T),
             rows_TI.data_ptr(),
         )
         return rows_TI
 
-    def project(
-        self, team: Team, tiles_OI: torch.Tensor, outputs: int, rows_SI: torch.Tensor
-    ) -> torch.Tensor:
-        """float32 products [S, outputs] of rows with the weight that was packed."""
+    def project(self, team: Team, weight: PackedWeight, rows_SI: torch.Tensor) -> torch.Tensor:
+        """float32 products [S, outputs] of rows, of the weight's dtype, with the weight."""
         rows_SI = rows_SI.contiguous()
-        products_SO = torch.empty(len(rows_SI), outputs)
-        linear = Linear(tiles_OI.data_ptr(), None, rows_SI.shape[1], outputs)
+        products_SO = torch.empty(len(rows_SI), weight.outputs)
         self._functions.bulkhead_project(
             team.pointer,
-            tiles_OI.dtype == torch.bfloat16,
+            weight.dtype == torch.bfloat16,
             self.amx,
-            ctypes.byref(linear),
+            ctypes.byref(weight.linear()),
             rows_SI.data_ptr(),
             len(rows_SI),
             products_SO.data_ptr(),

@@ -11,9 +11,12 @@ from torch import nn
 
 from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer
+from runtime.stage.errors import UnsupportedModel
 from runtime.stage.families import Rotations
+from runtime.stage.kv_cache import committed_zeros
 from runtime.stage.native import library as native
-from runtime.stage.native.library import Library, Team, load_library
+from runtime.stage.native.library import Library, PackedWeight, Team, load_library
+from runtime.stage.quantise import quantise
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
 
@@ -24,24 +27,49 @@ _LANES = 16
 
 
 def open_team(checkpoint: StageCheckpoint, settings: StageSettings) -> Team | None:
-    """A team for a stage that the native decoder can compute, None for any other."""
+    """A team for a stage that the native decoder can compute, None for any other.
+
+    Raises:
+        UnsupportedModel: no other way of computing has the stage's weight format.
+    """
     library = load_library()
-    if library is None or settings.tp > 1 or not _computes(library, settings):
-        return None
+    obstacle = _obstacle(library, checkpoint, settings)
+    if obstacle is None:
+        assert library is not None, "no library is an obstacle"
+        return Team(library, settings.threads)
+    if settings.weight_format != "plain":
+        raise UnsupportedModel(
+            f"{settings.weight_format} weights: expected a stage that the native decoder computes, "
+            f"found {obstacle}; plan with plain weights"
+        )
+    return None
+
+
+def _obstacle(
+    library: Library | None, checkpoint: StageCheckpoint, settings: StageSettings
+) -> str | None:
+    """Why the native decoder cannot compute a stage; None where it can."""
+    if library is None:
+        return "a processor without its instructions, or an installation without it"
+    if settings.tp > 1:
+        return f"{settings.tp} tensor-parallel ranks"
+    if settings.torch_dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {settings.dtype}"
+    if settings.torch_dtype == torch.bfloat16 and not library.bfloat16:
+        return "a processor that does not multiply bfloat16"
+    if settings.block_size % _LANES:
+        return f"cache blocks of {settings.block_size} positions, no multiple of {_LANES}"
     parts = checkpoint.parts
     layers = [
         describe_layer(parts.config, parts.part(parts.layer_name(index)))
         for index in range(settings.first_layer, settings.last_layer)
     ]
     known = [layer for layer in layers if layer is not None]
-    if len(known) < len(layers) or not _fits(known):
-        return None
-    return Team(library, settings.threads)
-
-
-def _computes(library: Library, settings: StageSettings) -> bool:
-    dtypes = {torch.float32} | ({torch.bfloat16} if library.bfloat16 else set())
-    return settings.torch_dtype in dtypes and settings.block_size % _LANES == 0
+    if len(known) < len(layers):
+        return f"layers of {parts.config.model_type} that are no dense decoder layers it knows"
+    if not _fits(known):
+        return f"layers of {parts.config.model_type} whose widths or kinds differ from its own"
+    return None
 
 
 def _fits(layers: Sequence[DenseLayer]) -> bool:
@@ -84,26 +112,32 @@ def _wide_head_norm(layer: DenseLayer) -> bool:
     return layer.query_norm is not None and layer.query_norm.width != layer.head_size
 
 
+def _packed(team: Team, weight_OI: torch.Tensor, weight_format: str) -> PackedWeight:
+    if weight_format == "int8":
+        return team.library.pack_int8(team, *quantise(weight_OI), weight_OI.dtype)
+    return team.library.pack(team, weight_OI)
+
+
 class PackedLinear:
     """A linear without bias, stored as the decoder multiplies: an LM head, or a tied embedding.
 
     Args:
         team: computes it.
         weight_VD: not kept.
+        weight_format: see `StageSettings`.
     """
 
-    def __init__(self, team: Team, weight_VD: torch.Tensor) -> None:
+    def __init__(self, team: Team, weight_VD: torch.Tensor, weight_format: str = "plain") -> None:
         self._team = team
-        self._outputs, self._inputs = weight_VD.shape
-        self._tiles_VD = team.library.pack(team, weight_VD)
+        self._weight = _packed(team, weight_VD, weight_format)
 
     def __call__(self, rows_SD: torch.Tensor) -> torch.Tensor:
         """Products [S, V] in float32."""
-        return self._team.library.project(self._team, self._tiles_VD, self._outputs, rows_SD)
+        return self._team.library.project(self._team, self._weight, rows_SD)
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Rows [T, D] of the weight; `ids_T` is int64 and within it."""
-        return self._team.library.unpack(self._tiles_VD, self._inputs, ids_T)
+        """Rows [T, D] of a plain weight; `ids_T` is int64 and within it."""
+        return self._team.library.unpack(self._weight, ids_T)
 
 
 class NativeLayers:
@@ -128,25 +162,46 @@ class NativeLayers:
         self._settings = settings
         self._used = False
         # Everything that the decoder has pointers into.
+        self._weights: list[PackedWeight] = []
         self._kept: list[torch.Tensor] = []
         self._caches: list[torch.Tensor] = []
         indices = range(settings.first_layer, settings.last_layer)
         self._tables = _RotationTables(parts.rotations(indices), settings.max_context)
         self._rotary: list[str] = []
-        layers: list[native.Layer] = []
+        self._layers: list[native.Layer] = []
+        self._stage = 0
         described: DenseLayer | None = None
         for index in indices:
             name = parts.layer_name(index)
             module = checkpoint.fill(name)
             described = describe_layer(parts.config, module)
             assert described is not None, "open_team has described it"
-            layers.append(self._layer(described))
+            self._layers.append(self._layer(described))
             self._rotary.append(described.rotary)
             _let_go(module)
             progress.add(checkpoint.bytes_of([name]))
         assert described is not None, "a stage has a layer"
-        self._stage = team.library.new_stage(self._shape(described), layers)
+        self._shape = self._shape_of(described)
         self._positions = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """See `Layers`."""
+        return 2 * len(self._layers) * self._rows_bytes(self._settings.block_size)
+
+    def open_cache(self, blocks: int) -> None:
+        """See `Layers`."""
+        shape = (blocks, self._rows_bytes(self._settings.block_size))
+        for layer in self._layers:
+            keys, values = (committed_zeros(shape, torch.uint8) for _ in range(2))
+            self._caches += [keys, values]
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self._stage = self._team.library.new_stage(self._shape, self._layers)
+
+    def _rows_bytes(self, positions: int) -> int:
+        """Of the keys of so many positions in one layer, or of the values."""
+        row: int = self._shape.key_heads * self._shape.head_size
+        return positions * row * self._settings.torch_dtype.itemsize
 
     def forward(self, header: StepHeader, hidden_TD: torch.Tensor) -> torch.Tensor:
         """See `Layers`."""
@@ -179,6 +234,7 @@ class NativeLayers:
         if self._stage:
             self._team.library.free_stage(self._stage)
             self._stage = 0
+        self._weights.clear()
         self._kept.clear()
         self._caches.clear()
 
@@ -192,7 +248,7 @@ class NativeLayers:
                 self._stage, layer, cosines.data_ptr(), sines.data_ptr()
             )
 
-    def _shape(self, layer: DenseLayer) -> native.Shape:
+    def _shape_of(self, layer: DenseLayer) -> native.Shape:
         return native.Shape(
             hidden=layer.output.out_features,
             heads=layer.heads,
@@ -217,7 +273,6 @@ class NativeLayers:
             place: self._keep(norm.weight.float() + norm.offset)
             for place, norm in _norms(layer).items()
         }
-        keys, values = self._cache(layer), self._cache(layer)
         return native.Layer(
             query_key_value=self._linear(_joined(layer.qkv, "weight"), _joined(layer.qkv, "bias")),
             attention_output=self._linear(layer.output.weight, layer.output.bias),
@@ -226,8 +281,6 @@ class NativeLayers:
                 None if gate_bias_O is None else _by_turns(gate_bias_O, up_bias_O),
             ),
             down=self._linear(layer.down.weight, layer.down.bias),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
             window=layer.window or 0,
             rotary_size=layer.rotary_size,
             **norms,
@@ -235,22 +288,13 @@ class NativeLayers:
 
     def _linear(self, weight_OI: torch.Tensor | None, bias_O: torch.Tensor | None) -> native.Linear:
         assert weight_OI is not None, "a linear has a weight"
-        tiles = self._team.library.pack(self._team, weight_OI)
-        self._kept.append(tiles)
-        bias = None if bias_O is None else self._keep(bias_O.float())
-        return native.Linear(tiles.data_ptr(), bias, weight_OI.shape[1], weight_OI.shape[0])
+        packed = _packed(self._team, weight_OI, self._settings.weight_format)
+        self._weights.append(packed)
+        return packed.linear(None if bias_O is None else self._keep(bias_O.float()))
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
-
-    def _cache(self, layer: DenseLayer) -> torch.Tensor:
-        settings = self._settings
-        positions = settings.cache_blocks * settings.block_size
-        self._caches.append(
-            torch.zeros(positions, layer.kv_heads, layer.head_size, dtype=settings.torch_dtype)
-        )
-        return self._caches[-1]
 
 
 class _RotationTables:

@@ -16,6 +16,10 @@
 //     row_tiles[row / 16][line][row % 16] : 64 bytes
 //
 // so the inner dimension of every linear is filled up with zeros to whole lines.
+//
+// Weights may be stored as int8 with a scale for each column: tiles of the same order, a byte for
+// each element. They are widened run by run into a buffer in the first-level cache and multiplied
+// there; int8 numbers are exact in both element types. The scale multiplies the finished sum.
 
 #pragma once
 
@@ -271,27 +275,54 @@ void amx_multiply_halves(const char *rows, size_t row_bytes, const char *const *
     }
 }
 
+// -- int8 tiles -----------------------------------------------------------------------------------
+
+template <class T> constexpr int NARROW_UNIT = LANES * PER_UNIT<T>; // bytes of a unit of 16 columns
+
+inline __m512 widened(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
+
+// Widens `lines` lines of a tile, 16 units each, to `to`; `ahead` is as long and is brought to the
+// second-level cache meanwhile.
+template <class T> void widen(const int8_t *from, int lines, char *to, const int8_t *ahead) {
+    constexpr int STEP = LINE / NARROW_UNIT<T>; // units of a line of int8
+    for (int unit = 0; unit < lines * LINE_UNITS; unit += STEP, ahead += LINE) {
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        for (int i = 0; i < STEP; i++, from += NARROW_UNIT<T>, to += LINE) {
+            if constexpr (sizeof(T) == 2) {
+                const __m512bh both = _mm512_cvtne2ps_pbh(widened(from + LANES), widened(from));
+                _mm512_store_si512(to, (__m512i)both);
+            } else {
+                _mm512_store_ps(to, widened(from));
+            }
+        }
+    }
+}
+
 // -- storing as tiles -----------------------------------------------------------------------------
 
 inline int64_t lines_of(int64_t elements, size_t size) { return divide_up(elements * size, LINE); }
 
-// Tiles of a weight [outputs, inputs], both filled up with zeros: outputs to 32, inputs to lines.
-template <class T>
-void pack(Team &team, const T *weight, int64_t outputs, int64_t inputs, T *tiles) {
+// Tiles of a weight [outputs, inputs], both filled up with zeros: outputs to 32, inputs to lines of
+// T. S is what an element is stored as: T itself or int8_t.
+template <class T, class S>
+void pack(Team &team, const S *weight, int64_t outputs, int64_t inputs, S *tiles) {
+    constexpr int bytes = PER_UNIT<T> * sizeof(S); // of a unit
     const int64_t units = inputs / PER_UNIT<T>;
     const int64_t padded = lines_of(inputs, sizeof(T)) * LINE_UNITS;
     Tickets tickets(1);
     team.run([&](int) {
         for (int64_t tile; (tile = tickets.take(0)) < round_up(outputs, WIDTH) / LANES;) {
-            char *to = (char *)tiles + tile * padded * LINE;
+            char *to = (char *)tiles + tile * padded * LANES * bytes;
             const int columns = int(std::clamp<int64_t>(outputs - tile * LANES, 0, LANES));
             const char *from = (const char *)(weight + tile * LANES * inputs);
-            for (int64_t unit = 0; unit < units; unit++, to += LINE, from += UNIT) {
+            for (int64_t unit = 0; unit < units; unit++, to += LANES * bytes, from += bytes) {
                 for (int column = 0; column < columns; column++)
-                    std::memcpy(to + column * UNIT, from + column * units * UNIT, UNIT);
-                std::memset(to + columns * UNIT, 0, (LANES - columns) * UNIT);
+                    std::memcpy(to + column * bytes, from + column * units * bytes, bytes);
+                std::memset(to + columns * bytes, 0, (LANES - columns) * bytes);
             }
-            std::memset(to, 0, (padded - units) * LINE);
+            std::memset(to, 0, (padded - units) * LANES * bytes);
         }
     });
 }
