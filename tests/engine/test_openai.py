@@ -712,13 +712,6 @@ def test_long_bodies_that_wait_to_be_read_are_bounded():
     assert again.status == 200
 
 
-def test_choices_share_their_prompt():
-    with Bench() as bench:
-        body = {"model": MODEL, "prompt": [5] * 100, "n": 8, "max_tokens": 1}
-        _, requests = bench.service._prepare_completion(json.dumps(body).encode())
-        assert len(requests) == 8 and len({id(asked.prompt) for asked in requests}) == 1
-
-
 def test_streams_pause_over_a_break_and_go_on(monkeypatch):
     monkeypatch.setattr("runtime.engine.openai.KEEPALIVE_S", 0.02)
     with Bench() as bench:
