@@ -4,6 +4,7 @@ from typing import ClassVar
 
 __all__ = [
     "CheckpointMismatch",
+    "DeviceUnavailable",
     "NonFinite",
     "RankFailed",
     "StageError",
@@ -29,6 +30,12 @@ class CheckpointMismatch(StageError):
     """The checkpoint's tensors are not the ones that its configuration calls for."""
 
     code: ClassVar[str] = "checkpoint_mismatch"
+
+
+class DeviceUnavailable(StageError):
+    """The stage was told to compute on a device that it does not have or cannot use."""
+
+    code: ClassVar[str] = "device_unavailable"
 
 
 class UnsupportedAttention(StageError):

@@ -15,6 +15,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called while loading with (bytes read so far, bytes in all), both of the checkpoint."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class StageSettings:
         max_context: positions of a sequence at most.
         hidden_size: width of the hidden states.
         threads: CPU threads of the stage, divided among its ranks.
+        device: "cpu", "cuda", or "auto" for a GPU where the process has one. Not in the plan:
+            which devices a process has is known where it runs.
     """
 
     first_layer: int
@@ -45,10 +48,13 @@ class StageSettings:
     max_context: int
     hidden_size: int
     threads: int
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {_DTYPES}, found {self.dtype!r}")
+        if self.device not in _DEVICES:
+            raise ValueError(f"device: expected one of {_DEVICES}, found {self.device!r}")
         if not 0 <= self.first_layer < self.last_layer <= self.layers:
             raise ValueError(
                 f"layers: expected a non-empty range within 0 to {self.layers}, "
