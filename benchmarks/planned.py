@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from placement.planner import PlanSettings, make_plan
 from placement.policy import Policy, parse_policy
 from security.manifest import Manifest, build_manifest
 
-__all__ = ["INSTANCE", "MODEL", "Deployment", "Size", "plan_deployment"]
+__all__ = ["INSTANCE", "MODEL", "Deployment", "Size", "plan_deployment", "plan_one_stage"]
 
 INSTANCE = "pipeline-0"
 MODEL = "benchmark"
@@ -62,6 +62,23 @@ def plan_deployment(model: Path, size: Size, splits: Sequence[int] = ()) -> Depl
     """Plans a checkpoint in len(splits) + 1 stages, a new one beginning at each of `splits`."""
     manifest = build_manifest(model)
     policy = parse_policy(_POLICY)
+    config = json.loads((model / "config.json").read_text())
+    template = _template(config, size, policy, manifest.digest, splits)
+    return Deployment(policy, manifest, template)
+
+
+def plan_one_stage(config: Mapping[str, object], size: Size) -> PlanTemplate:
+    """Plans a model that is no checkpoint, by its configuration, in one stage."""
+    return _template(config, size, parse_policy(_POLICY), manifest_digest="0" * 64, splits=())
+
+
+def _template(
+    config: Mapping[str, object],
+    size: Size,
+    policy: Policy,
+    manifest_digest: str,
+    splits: Sequence[int],
+) -> PlanTemplate:
     nodes = tuple(
         Node(
             id=f"node-{index}",
@@ -77,10 +94,8 @@ def plan_deployment(model: Path, size: Size, splits: Sequence[int] = ()) -> Depl
         )
         for index in range(len(splits) + 1)
     )
-    plan = make_plan(
-        profile_model(
-            json.loads((model / "config.json").read_text()), size.dtype, size.weight_format
-        ),
+    return make_plan(
+        profile_model(config, size.dtype, size.weight_format),
         policy,
         Inventory(nodes),
         PlanSettings(
@@ -93,8 +108,7 @@ def plan_deployment(model: Path, size: Size, splits: Sequence[int] = ()) -> Depl
             layer_splits=tuple(splits),
             weight_format=size.weight_format,
         ),
-        manifest_digest=manifest.digest,
+        manifest_digest=manifest_digest,
         policy_digest=policy.digest,
         instance=INSTANCE,
-    )
-    return Deployment(policy, manifest, plan.template)
+    ).template

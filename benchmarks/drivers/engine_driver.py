@@ -10,13 +10,13 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from benchmarks.drivers.protocol import Arguments, drive, replay
 from benchmarks.planned import INSTANCE, Size, plan_deployment
 from benchmarks.times import RequestTimes, TimedRequest
+from placement.plan import PlanTemplate
 from runtime.engine.engine import Engine
 from runtime.engine.request import Request
 from runtime.engine.scheduler import EngineLimits
@@ -45,21 +45,21 @@ class _NoText:
 
 
 class LocalEngine:
-    """An engine over one stage that has all layers."""
+    """An engine over one stage that has all layers.
 
-    def __init__(self, model: Path, size: Size, threads: int) -> None:
-        deployment = plan_deployment(model, size)
-        template = deployment.template
-        role = template.roles[0]
-        self._stage = StageRunner(
-            ModelFiles(model, deployment.manifest), stage_settings(template, role, threads)
-        )
+    Args:
+        template: a plan of one role.
+        stage: loaded as planned; closed with the engine.
+    """
+
+    def __init__(self, template: PlanTemplate, stage: StageRunner) -> None:
+        self._stage = stage
         self._listener = LinkListener("127.0.0.1")
         runner = HeadRunner(template)
         self._epoch = Epoch(
             roster=_roster(),
             template=template,
-            role=role,
+            role=template.roles[0],
             stage=self._stage,
             listener=self._listener,
             private_key=X25519PrivateKey.generate(),
@@ -138,7 +138,12 @@ def _fault(epoch: Epoch, reason: str, error: Exception | None) -> None:
 async def start(arguments: Arguments) -> LocalEngine:
     """Loads the model."""
     size = Size(arguments.context, arguments.sequences, weight_format=arguments.weights)
-    return LocalEngine(arguments.model, size, arguments.threads)
+    deployment = plan_deployment(arguments.model, size)
+    template = deployment.template
+    settings = stage_settings(template, template.roles[0], arguments.threads)
+    return LocalEngine(
+        template, StageRunner(ModelFiles(arguments.model, deployment.manifest), settings)
+    )
 
 
 if __name__ == "__main__":

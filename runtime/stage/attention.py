@@ -70,8 +70,9 @@ class PagedStep:
             for position in range(sequence.start, sequence.start + sequence.count):
                 positions.append(position)
                 places.append(sequence.blocks[position // size] * size + position % size)
-        self.positions_1T = torch.tensor([positions])
-        self.places_T = torch.tensor(places)
+        self._device = cache.device
+        self.positions_1T = torch.tensor([positions], device=self._device)
+        self.places_T = torch.tensor(places, device=self._device)
         self._views: dict[int | None, _View] = {}
 
     def view(self, window: int | None) -> _View:
@@ -112,7 +113,13 @@ class PagedStep:
         if window is not None:
             visible_TL &= keys_1L > rows_T1 - window
         fresh = sequence.start == 0 and (window is None or sequence.count <= window)
-        return _Chunk(row, row + sequence.count, fresh, torch.tensor([blocks]), visible_TL)
+        return _Chunk(
+            row,
+            row + sequence.count,
+            fresh,
+            torch.tensor([blocks], device=self._device),
+            visible_TL.to(self._device),
+        )
 
     def _decodes(self, group: list[tuple[int, SequenceStep]], window: int | None) -> _Decodes:
         size = self.cache.block_size
@@ -128,10 +135,12 @@ class PagedStep:
         )
         bias_SL = torch.zeros(visible_SL.shape).masked_fill_(~visible_SL, -math.inf)
         return _Decodes(
-            rows_S=torch.tensor([row for row, _ in group]),
+            rows_S=torch.tensor([row for row, _ in group], device=self._device),
             # Padding names block 0; the bias hides it.
-            blocks_SB=torch.tensor([[*table, *[0] * (width - len(table))] for table in tables]),
-            bias_S11L=bias_SL[:, None, None, :],
+            blocks_SB=torch.tensor(
+                [[*table, *[0] * (width - len(table))] for table in tables], device=self._device
+            ),
+            bias_S11L=bias_SL[:, None, None, :].to(self._device),
         )
 
 
@@ -283,7 +292,8 @@ def _attend_scores(
     heads, length = keys_1KLE.shape[1:3]
     rows = query_1HTE.shape[2]
     query_1KRE = query_1HTE.reshape(1, heads, -1, query_1HTE.shape[3])
-    bias_TL = torch.zeros(rows, length).masked_fill_(~visible_TL, -math.inf)
+    bias_TL = torch.zeros(rows, length, device=visible_TL.device)
+    bias_TL.masked_fill_(~visible_TL, -math.inf)
     bias_RL = bias_TL.repeat(query_1KRE.shape[2] // rows, 1)
     products_1KRL = torch.matmul(query_1KRE, keys_1KLE.transpose(2, 3))
     weights_1KRL = scores.weights(products_1KRL, bias_RL, rows).to(query_1HTE.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from runtime.stage.settings import Progress, StageSettings
 if TYPE_CHECKING:
     from security.manifest import ModelFiles
 
-__all__ = ["StageCheckpoint", "open_checkpoint"]
+__all__ = ["PartLoader", "ProgressCount", "StageCheckpoint", "open_checkpoint"]
 
 # dtype names of the safetensors format that hold plain numbers.
 _DTYPES = {
@@ -28,6 +28,20 @@ _DTYPES = {
 # Old exporters wrote the rotary frequencies out; they are computed from the configuration.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _SHOWN = 5
+
+
+class PartLoader(Protocol):
+    """Where the tensors of a model come from."""
+
+    @property
+    def parts(self) -> DecoderParts:
+        """The model on meta."""
+
+    def bytes_of(self, parts: Iterable[str]) -> int:
+        """Bytes that `fill` reads for these parts."""
+
+    def fill(self, part: str) -> nn.Module:
+        """The part with its tensors, in the stage's dtype, ready to compute."""
 
 
 class StageCheckpoint:

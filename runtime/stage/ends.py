@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
+from runtime.stage.checkpoint import PartLoader, ProgressCount
 from runtime.stage.errors import StepRefused
 from runtime.stage.families import DecoderParts
 from runtime.stage.native.library import Team
@@ -18,6 +18,8 @@ from security.channel.admission import Admission
 from security.channel.frame import StepHeader, StepResult
 
 __all__ = ["Ends"]
+
+_CPU = torch.device("cpu")
 
 
 class Ends:
@@ -30,16 +32,20 @@ class Ends:
         settings: of the stage.
         progress: told what is read.
         team: of the native decoder, which then multiplies by the head.
+        device: that computes, the sampler's part included: the logits of one row are hundreds of
+            kilobytes, what is drawn from them is one number.
     """
 
     def __init__(
         self,
-        checkpoint: StageCheckpoint,
+        checkpoint: PartLoader,
         settings: StageSettings,
         progress: ProgressCount,
         team: Team | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         self._parts = checkpoint.parts
+        self._device = device
         self._embedding: nn.Module | None = None
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
@@ -49,15 +55,15 @@ class Ends:
         self._shared: PackedLinear | None = None
         self._vocabulary = int(checkpoint.parts.config.vocab_size)
         if settings.is_first:
-            self._embedding = checkpoint.fill(DecoderParts.EMBEDDING)
+            self._embedding = checkpoint.fill(DecoderParts.EMBEDDING).to(device)
             progress.add(checkpoint.bytes_of([DecoderParts.EMBEDDING]))
         if not settings.is_last:
             return
-        self._norm = checkpoint.fill(DecoderParts.NORM)
+        self._norm = checkpoint.fill(DecoderParts.NORM).to(device)
         progress.add(checkpoint.bytes_of([DecoderParts.NORM]))
         head = self._embedding
         if not checkpoint.parts.tied or head is None:
-            head = checkpoint.fill(DecoderParts.HEAD)
+            head = checkpoint.fill(DecoderParts.HEAD).to(device)
             progress.add(checkpoint.bytes_of([DecoderParts.HEAD]))
         if team is None or getattr(head, "bias", None) is not None:
             self._head = checkpoint.parts.part(DecoderParts.HEAD)
@@ -74,7 +80,7 @@ class Ends:
             self._shared = self._packed
 
     @staticmethod
-    def parts_of(checkpoint: StageCheckpoint, settings: StageSettings) -> list[str]:
+    def parts_of(checkpoint: PartLoader, settings: StageSettings) -> list[str]:
         """The parts whose tensors this stage reads."""
         parts = [DecoderParts.EMBEDDING] if settings.is_first else []
         if settings.is_last:
@@ -83,16 +89,23 @@ class Ends:
                 parts.append(DecoderParts.HEAD)
         return parts
 
-    @torch.inference_mode()
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Hidden states [T, D]. Raises StepRefused for an id outside the vocabulary."""
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises StepRefused for an id outside the vocabulary."""
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             raise StepRefused(
                 f"token ids: expected 0 to {self._vocabulary - 1}, found one outside; "
                 "the tokenizer does not belong to this model"
             )
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Hidden states [T, D]. Raises StepRefused for an id outside the vocabulary."""
+        self.check_ids(token_ids)
+        return self.embed_ids(torch.tensor(list(token_ids), device=self._device))
+
+    @torch.inference_mode()
+    def embed_ids(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, D] of ids on the stage's device, within the vocabulary."""
         assert self._embedding is not None, "only the first stage embeds"
-        ids_T = torch.tensor(list(token_ids))
         if self._shared is not None:
             self._embedding.weight = nn.Parameter(self._shared.rows(ids_T), requires_grad=False)
             ids_T = torch.arange(len(ids_T))
@@ -120,8 +133,16 @@ class Ends:
         self._sampler.reset()
 
     @torch.inference_mode()
-    def sample(self, header: StepHeader, hidden_TD: torch.Tensor) -> StepResult:
-        """One token id per sequence that is sampled, in the order of the header."""
+    def sample(
+        self, header: StepHeader, hidden_TD: torch.Tensor, rows_S: torch.Tensor | None = None
+    ) -> StepResult:
+        """One token id per sequence that is sampled, in the order of the header.
+
+        Args:
+            header: of the step.
+            hidden_TD: of its rows.
+            rows_S: those that are sampled, where the stage's device has their indices already.
+        """
         rows: list[int] = []
         draws: list[Draw] = []
         row = -1
@@ -132,7 +153,13 @@ class Ends:
                 draws.append(Draw(sequence.slot, sequence.start + sequence.count))
         if not rows:
             return StepResult(header.step, ())
-        logits_SV = self.logits(hidden_TD[torch.tensor(rows)])
+        if rows_S is not None:
+            hidden_SD = hidden_TD.index_select(0, rows_S)
+        elif len(rows) == len(hidden_TD):
+            hidden_SD = hidden_TD
+        else:
+            hidden_SD = hidden_TD[torch.tensor(rows, device=hidden_TD.device)]
+        logits_SV = self.logits(hidden_SD)
         tokens, logprobs = self._sampler.sample(logits_SV, draws)
         asked = any(entry is not None for entry in logprobs)
         return StepResult(header.step, tuple(tokens), tuple(logprobs) if asked else ())

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 __all__ = [
     "CheckpointMismatch",
+    "DeviceUnavailable",
     "InsufficientMemory",
     "NonFinite",
     "RankFailed",
@@ -36,6 +37,12 @@ class InsufficientMemory(StageError):
     """What is left of the memory after loading holds no cache that the plan could work with."""
 
     code: ClassVar[str] = "insufficient_memory"
+
+
+class DeviceUnavailable(StageError):
+    """The stage was told to compute on a device that it does not have or cannot use."""
+
+    code: ClassVar[str] = "device_unavailable"
 
 
 class UnsupportedAttention(StageError):

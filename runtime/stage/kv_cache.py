@@ -9,13 +9,15 @@ import torch
 __all__ = ["PagedCache", "committed_zeros"]
 
 
-def committed_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def committed_zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
     """Zeros whose memory is taken at once.
 
     `torch.zeros` only reserves addresses, so that whoever measures what is left would count it in,
     and the first long prompt would find that it is gone.
     """
-    return torch.empty(*shape, dtype=dtype).zero_()
+    return torch.empty(*shape, dtype=dtype, device=device).zero_()
 
 
 class PagedCache:
@@ -28,6 +30,7 @@ class PagedCache:
         layers: model-wide indices of the layers.
         blocks, block_size: N and P.
         heads, head_size: K and E, of this rank.
+        device: where the cache is.
     """
 
     def __init__(
@@ -39,12 +42,18 @@ class PagedCache:
         heads: int,
         head_size: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         self.block_size = block_size
         shape = (blocks, block_size, heads, head_size)
         # Zeros, not whatever was there: hidden positions are multiplied by 0, and 0 * NaN is NaN.
-        self._keys_NPKE = {layer: committed_zeros(shape, dtype) for layer in layers}
-        self._values_NPKE = {layer: committed_zeros(shape, dtype) for layer in layers}
+        self._keys_NPKE = {layer: committed_zeros(shape, dtype, device) for layer in layers}
+        self._values_NPKE = {layer: committed_zeros(shape, dtype, device) for layer in layers}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return next(iter(self._keys_NPKE.values())).device
 
     @property
     def bytes(self) -> int:
@@ -67,6 +76,10 @@ class PagedCache:
         keys = self._keys_NPKE[layer][blocks_SB].flatten(1, 2)
         values = self._values_NPKE[layer][blocks_SB].flatten(1, 2)
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def blocks(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [N, P, K, E] of all blocks; not copies."""
+        return self._keys_NPKE[layer], self._values_NPKE[layer]
 
     def clear(self) -> None:
         """Forgets everything: a new epoch reads nothing of the one before."""

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from runtime.stage import attention
-from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
+from runtime.stage.checkpoint import PartLoader, ProgressCount
 from runtime.stage.dense_layer import rotation_name
 from runtime.stage.kv_cache import PagedCache
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
 
 __all__ = ["LayerStack", "Layers"]
+
+_CPU = torch.device("cpu")
 
 
 class Layers(Protocol):
@@ -50,14 +52,16 @@ class LayerStack:
         progress: told what is read.
         prepare: called with each layer as soon as its tensors are there, before the next is read;
             what a layer's sharding frees is free before the next layer needs memory.
+        device: that computes.
     """
 
     def __init__(
         self,
-        checkpoint: StageCheckpoint,
+        checkpoint: PartLoader,
         settings: StageSettings,
         progress: ProgressCount,
         prepare: Callable[[nn.Module], None] | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         attention.register()
         config = checkpoint.parts.config
@@ -66,12 +70,14 @@ class LayerStack:
         self._layers: list[tuple[nn.Module, str]] = []
         for index in indices:
             name = checkpoint.parts.layer_name(index)
-            layer = checkpoint.fill(name)
+            layer = checkpoint.fill(name).to(device)
             if prepare is not None:
                 prepare(layer)
             self._layers.append((layer, rotation_name(config, index)))
             progress.add(checkpoint.bytes_of([name]))
+        self._device = device
         self._rotations = checkpoint.parts.rotations(indices)
+        self._rotations.rotary.to(device)
         self._settings = settings
         self._heads: int = config.num_key_value_heads // settings.tp
         self._head_size: int = getattr(config, "head_dim", None) or (
@@ -95,6 +101,7 @@ class LayerStack:
             heads=self._heads,
             head_size=self._head_size,
             dtype=settings.torch_dtype,
+            device=self._device,
         )
 
     @torch.inference_mode()
@@ -102,7 +109,7 @@ class LayerStack:
         """See `Layers`."""
         assert self._cache is not None, "the cache is open"
         step = attention.PagedStep(self._cache, header)
-        hidden_1TD = hidden_TD[None]
+        hidden_1TD = hidden_TD.to(self._device)[None]
         rotations = self._rotations.at(hidden_1TD, step.positions_1T)
         for layer, rotation in self._layers:
             hidden_1TD = layer(

@@ -16,6 +16,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHT_FORMATS = ("plain", "int8")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class StageSettings:
         threads: CPU threads of the stage, divided among its ranks.
         weight_format: of the layers' linears and the LM head: "plain" keeps them in `dtype`,
             "int8" as `runtime.stage.quantise` makes them, which only the native decoder computes.
+        device: "cpu", "cuda", or "auto" for a GPU where the process has one. Not in the plan:
+            which devices a process has is known where it runs.
     """
 
     first_layer: int
@@ -49,6 +52,7 @@ class StageSettings:
     hidden_size: int
     threads: int
     weight_format: str = "plain"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -57,6 +61,8 @@ class StageSettings:
             raise ValueError(
                 f"weight_format: expected one of {_WEIGHT_FORMATS}, found {self.weight_format!r}"
             )
+        if self.device not in _DEVICES:
+            raise ValueError(f"device: expected one of {_DEVICES}, found {self.device!r}")
         if not 0 <= self.first_layer < self.last_layer <= self.layers:
             raise ValueError(
                 f"layers: expected a non-empty range within 0 to {self.layers}, "

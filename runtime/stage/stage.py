@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.stage.checkpoint import ProgressCount, open_checkpoint
+from runtime.stage.checkpoint import PartLoader, ProgressCount, open_checkpoint
+from runtime.stage.cuda.layers import CudaLayers, computes
+from runtime.stage.device import blocks_that_fit, compute_device
 from runtime.stage.ends import Ends
-from runtime.stage.errors import NonFinite, StepRefused
+from runtime.stage.errors import NonFinite, StepRefused, UnsupportedModel
 from runtime.stage.layers import Layers, LayerStack
 from runtime.stage.memory import affordable_blocks
+from runtime.stage.native.library import Team
 from runtime.stage.native.stack import NativeLayers, open_team
 from runtime.stage.settings import Progress, StageSettings
 from security.channel.admission import Admission
@@ -46,17 +50,17 @@ class StageRunner:
         self, files: ModelFiles, settings: StageSettings, progress: Progress | None = None
     ) -> None:
         self._settings = settings
+        self._team: Team | None = None
+        self._on_device = False
+        self._layers: Layers | CudaLayers
         checkpoint = open_checkpoint(files, settings)
-        layer_names = [
-            checkpoint.parts.layer_name(index)
-            for index in range(settings.first_layer, settings.last_layer)
-        ]
-        count = ProgressCount(
-            checkpoint.bytes_of([*Ends.parts_of(checkpoint, settings), *layer_names]), progress
-        )
+        self._device = compute_device(settings)
+        count = _progress_count(checkpoint, settings, progress)
+        if self._device.type != "cpu":
+            self._load_on_device(checkpoint, count)
+            return
         self._team = open_team(checkpoint, settings)
         self._ends = Ends(checkpoint, settings, count, self._team)
-        self._layers: Layers
         if self._team is not None:
             self._layers = NativeLayers(checkpoint, settings, count, self._team)
         elif settings.tp == 1:
@@ -72,11 +76,57 @@ class StageRunner:
             self.close()
             raise
 
+    @classmethod
+    def on_device(
+        cls,
+        weights: PartLoader,
+        settings: StageSettings,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> StageRunner:
+        """A stage as it computes on a GPU, whatever the device and wherever its weights are from.
+
+        Args:
+            weights: of the model; not necessarily of a checkpoint.
+            settings: the stage; its `device` does not count.
+            device: that computes.
+            progress: as of the class.
+        """
+        runner = cls.__new__(cls)
+        runner._settings = settings
+        runner._team = None
+        runner._device = device
+        runner._load_on_device(weights, _progress_count(weights, settings, progress))
+        return runner
+
+    def _load_on_device(self, weights: PartLoader, count: ProgressCount) -> None:
+        device = self._device
+        blocks = blocks_that_fit(self._settings, weights.parts, device)
+        settings = self._settings = replace(self._settings, cache_blocks=blocks)
+        if settings.weight_format != "plain":
+            raise UnsupportedModel(
+                f"{settings.weight_format} weights: expected a stage that the native decoder "
+                f"computes, found one on {device.type}; plan it with plain weights"
+            )
+        self._cache_blocks = blocks
+        self._on_device = True
+        self._ends = Ends(weights, settings, count, device=device)
+        if computes(weights, settings):
+            embed = self._ends.embed_ids if settings.is_first else None
+            self._layers = CudaLayers(weights, settings, count, device, embed)
+        else:
+            self._layers = LayerStack(weights, settings, count, device=device)
+            self._layers.open_cache(blocks)
+
     @property
     def backend(self) -> str:
-        """What computes the layers, for the log: "native", "torch" or "tensor parallel"."""
+        """What computes the layers, for the log."""
         if self._team is not None:
             return "native"
+        if isinstance(self._layers, CudaLayers):
+            return f"{self._device.type} graphs, attention {self._layers.attention}"
+        if self._on_device:
+            return f"torch on {self._device.type}"
         return "torch" if self._settings.tp == 1 else "tensor parallel"
 
     def forward(
@@ -86,6 +136,8 @@ class StageRunner:
         token_ids: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, D] after this stage's layers; of the last stage, before the norm.
+
+        Those of the last stage stay on its device, and are valid until the next step there.
 
         Args:
             header: of the step, its block tables within the plan's limits.
@@ -103,7 +155,7 @@ class StageRunner:
                 raise StepRefused(
                     f"step {header.step}: expected {header.tokens} token ids and no hidden states"
                 )
-            rows_TD = self._ends.embed(token_ids)
+            self._ends.check_ids(token_ids)
         elif (
             hidden_TD is None
             or token_ids is not None
@@ -115,14 +167,19 @@ class StageRunner:
                 f"step {header.step}: expected hidden states {expected} of "
                 f"{self._settings.dtype} and no token ids, found {found}"
             )
-        else:
-            rows_TD = hidden_TD
-            if not bool(torch.isfinite(rows_TD).all()):
-                raise NonFinite(
-                    f"step {header.step}: the hidden states received hold a NaN or an infinity"
-                )
+        elif not bool(torch.isfinite(hidden_TD).all()):
+            raise NonFinite(
+                f"step {header.step}: the hidden states received hold a NaN or an infinity"
+            )
         self._check_places(header)
-        return self._layers.forward(header, rows_TD)
+        if isinstance(self._layers, CudaLayers):
+            output_TD = self._layers.forward(header, hidden_TD, token_ids)
+        else:
+            rows_TD = self._ends.embed(token_ids) if token_ids is not None else hidden_TD
+            assert rows_TD is not None, "checked above: one of the two is there"
+            output_TD = self._layers.forward(header, rows_TD)
+        stays = self._settings.is_last or not self._on_device
+        return output_TD if stays else _on_host(output_TD)
 
     @property
     def cache_blocks(self) -> int:
@@ -142,13 +199,14 @@ class StageRunner:
 
         Args:
             header: of the step.
-            hidden_TD: what `forward` returned for it.
+            hidden_TD: what `forward` returned for it, with no other step in between.
 
         Raises:
             NonFinite: the logits hold a NaN or an infinity.
             StepRefused: a sequence that was not admitted.
         """
-        return self._ends.sample(header, hidden_TD)
+        rows_S = self._layers.sampled_rows if isinstance(self._layers, CudaLayers) else None
+        return self._ends.sample(header, hidden_TD, rows_S)
 
     def reset(self) -> None:
         """Empties the cache and forgets all sequences, for a new epoch."""
@@ -179,3 +237,21 @@ class StageRunner:
                     f"{self._cache_blocks} for {end} positions, "
                     f"found {len(sequence.blocks)} of {size}"
                 )
+
+
+def _progress_count(
+    weights: PartLoader, settings: StageSettings, progress: Progress | None
+) -> ProgressCount:
+    layers = [
+        weights.parts.layer_name(index)
+        for index in range(settings.first_layer, settings.last_layer)
+    ]
+    return ProgressCount(weights.bytes_of([*Ends.parts_of(weights, settings), *layers]), progress)
+
+
+def _on_host(hidden_TD: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, for the link, whose thread reads it during the next step."""
+    host_TD = torch.empty(
+        hidden_TD.shape, dtype=hidden_TD.dtype, pin_memory=hidden_TD.device.type == "cuda"
+    )
+    return host_TD.copy_(hidden_TD)

@@ -185,3 +185,28 @@ with Driver(engine_spec(Path(sys.argv[1]), 1, 64, 2), Path(sys.argv[2])) as driv
         time.sleep(0.1)
     os.killpg(pid, signal.SIGKILL)
     raise AssertionError("the driver goes on")
+
+
+def test_gpu_on_a_cpu(tmp_path: Path) -> None:
+    found, said = run(
+        "gpu",
+        tmp_path / "found.json",
+        *("--device", "cpu", "--tiny", "--runs", 1, "--concurrency", 1, 3),
+        *("--input", 12, "--output", 5, "--prefill", 40),
+    )
+    assert found["device"] == "CPU"
+    assert found["backend"] == "cpu graphs, attention gathered"
+    assert found["bandwidth_bytes_per_second"]["read"] > 0
+    for result, batch in zip(found["results"], (1, 3), strict=True):
+        check(result["median"], batch, 5)
+        expected = result["read_bytes"] / result["median"]["token_mean_s"]
+        share = expected / found["bandwidth_bytes_per_second"]["read"]
+        assert result["share_of_bandwidth"] == pytest.approx(share)
+    # Two layers, norm and head; and per position a key and a value of two heads in each layer.
+    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 2 * 64
+    weights = 2 * (2 * layer + 64 + 256 * 64)
+    assert found["results"][0]["read_bytes"] == weights + 14 * 2 * 2 * 2 * 16 * 2
+    theirs = found["transformers"]["tokens_per_second"]
+    ours = found["results"][1]["median"]["tokens_per_second"]
+    assert found["ratio_to_transformers"] == pytest.approx(ours / theirs)
+    assert "device: CPU" in said

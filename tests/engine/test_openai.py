@@ -621,9 +621,14 @@ def test_a_choice_that_fails_leaves_nothing_behind(stream):
                 submit = bench.engine.submit
 
                 def failing(requests, **fields):
+                    # The engine waits, lest it finishes an output before it is told to fail.
+                    gate = threading.Event()
+                    bench.engine._commands.put(gate.wait)
                     streams = submit(requests, **fields)
                     for lost_stream in streams[-lost:]:
                         lost_stream.put(ModelFailed("given up"))
+                        lost_stream._cancel()
+                    gate.set()
                     return streams
 
                 bench.engine.submit = failing
