@@ -23,6 +23,7 @@ NATIVE = ROOT / "runtime" / "stage" / "native"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(load_library() is None, reason="this processor has no AVX-512"),
 ]
 
@@ -113,7 +114,8 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 
 def run_tests(environment: dict[str, str], wanted: str) -> subprocess.CompletedProcess[str]:
     options = ["-p", "sanitized_decoder", "-p", "no:cacheprovider", "-q", "-k", wanted]
-    return run(environment, "-m", "pytest", *options, str(ROOT / "tests/stage/test_native.py"))
+    files = [str(ROOT / "tests" / "stage" / name) for name in ("test_native.py", "test_int8.py")]
+    return run(environment, "-m", "pytest", *options, *files)
 
 
 def test_no_access_is_out_of_bounds_and_no_operation_undefined(tmp_path: Path) -> None:
