@@ -210,8 +210,8 @@ template <class T> class Attention {
     const int share_; // query heads of a key head
     const int row_limit_;
     const bool amx_;
-    std::vector<T> queries_, narrowed_;
-    std::vector<float> weights_, outputs_, sums_, most_, total_;
+    Buffer<T> queries_, narrowed_;
+    Buffer<float> weights_, outputs_, sums_, most_, total_;
 };
 
 } // namespace bulkhead

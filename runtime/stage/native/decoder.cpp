@@ -48,36 +48,46 @@ inline __m512 biases_of(const Linear &linear, int64_t column, __mmask16 mask) {
     return linear.bias ? _mm512_maskz_loadu_ps(mask, linear.bias + column) : _mm512_setzero_ps();
 }
 
-// Takes the sums of one pair of tiles to their place.
+// What a column's sums become: scaled where the weight is int8, with the bias.
+struct Column {
+    Column(const Linear &linear, int64_t column)
+        : mask(first_lanes(linear.outputs - column)), scale(scales_of(linear, column, mask)),
+          bias(biases_of(linear, column, mask)) {}
+    __m512 of(const float *sums) const { return _mm512_fmadd_ps(load(sums), scale, bias); }
+
+    static __mmask16 first_lanes(int64_t left) {
+        return left >= LANES ? 0xffff : left <= 0 ? 0 : __mmask16((1u << left) - 1);
+    }
+
+    const __mmask16 mask;
+    const __m512 scale, bias;
+};
+
+// Takes the sums of one pair of tiles to their place. Both halves of a row go together: they are one
+// line, which other rows would drive out of the first-level cache in between.
 template <class T>
 void finish(const Linear &linear, const Product<T> &product, int64_t panel, int64_t row, int rows,
             const float *sums) {
-    int64_t column = panel * WIDTH;
-    for (int half = 0; half < 2; half++, column += LANES, sums += LANES) {
-        if (column >= linear.outputs) return;
-        const int64_t left = linear.outputs - column;
-        const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
-        const __m512 scale = scales_of(linear, column, mask);
-        const __m512 bias = biases_of(linear, column, mask);
-        const auto product_at = [&](int r) {
-            return _mm512_fmadd_ps(load(sums + r * WIDTH), scale, bias);
-        };
-        const int64_t width = linear.outputs;
-        if (product.into == Into::LOGITS) {
-            float *to = product.logits + row * width + column;
-            for (int r = 0; r < rows; r++, to += width)
-                _mm512_mask_storeu_ps(to, mask, product_at(r));
-            continue;
+    const int64_t column = panel * WIDTH, width = linear.outputs;
+    const Column left(linear, column), right(linear, column + LANES);
+    if (product.into == Into::LOGITS) {
+        float *to = product.logits + row * width + column;
+        for (int r = 0; r < rows; r++, to += width, sums += WIDTH) {
+            _mm512_mask_storeu_ps(to, left.mask, left.of(sums));
+            _mm512_mask_storeu_ps(to + LANES, right.mask, right.of(sums + LANES));
         }
-        // Every width inside a layer is a multiple of 16 (native/stack.py).
-        T *to = product.output + row * width + column;
-        if (product.into == Into::STORE) {
-            for (int r = 0; r < rows; r++, to += width) store(to, product_at(r));
-            continue;
-        }
-        const __m512 multiplier = _mm512_set1_ps(product.multiplier);
-        for (int r = 0; r < rows; r++, to += width)
-            store(to, _mm512_fmadd_ps(product_at(r), multiplier, load(to)));
+        return;
+    }
+    // Every width inside a layer is a multiple of 16 (native/stack.py).
+    T *to = product.output + row * width + column;
+    const __m512 multiplier = _mm512_set1_ps(product.multiplier);
+    for (int r = 0; r < rows; r++, to += width, sums += WIDTH) {
+        __m512 a = left.of(sums), b = right.of(sums + LANES);
+        if (product.into == Into::ADD) a = _mm512_fmadd_ps(a, multiplier, load(to));
+        store(to, a);
+        if (!right.mask) continue;
+        if (product.into == Into::ADD) b = _mm512_fmadd_ps(b, multiplier, load(to + LANES));
+        store(to + LANES, b);
     }
 }
 
@@ -108,7 +118,7 @@ struct Scratch {
     static constexpr int WIDENED_LINES = 8;
     static constexpr int WIDENED_BYTES = WIDENED_LINES * LINE_UNITS * LINE;
     alignas(LINE) char widened[2][WIDENED_BYTES];
-    std::vector<float> sums;
+    Buffer<float> sums;
     float *room(int64_t rows) {
         const size_t floats = round_up(rows, 2 * TILE_ROWS) * WIDTH;
         if (sums.size() < floats) sums.resize(floats);
@@ -137,7 +147,7 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
     const int passes = int(divide_up(end - begin, amx ? 2 * TILE_ROWS : ROWS));
     // Few rows are bound by memory: one run over the panel. Many rows: runs that stay in L1.
     const int run = int8         ? Scratch::WIDENED_LINES
-                    : passes > 1 ? UNITS_IN_L1 / (amx ? 2 : 1) / LINE_UNITS
+                    : passes > 1 ? (amx ? AMX_UNITS_IN_L1 : UNITS_IN_L1) / LINE_UNITS
                                  : lines;
     std::pair<int64_t, int> waiting; // first row and number of rows
     const auto finish_waiting = [&] {
@@ -187,19 +197,27 @@ void multiply_panel(const Linear &linear, const Product<T> &product, bool amx, i
     }
 }
 
-// Panels are shared out, all panels of some rows before the next rows.
+// Panels are shared out, all panels of some rows before the next rows. Two panels of gates fill the
+// lines of their row tiles: one thread takes both, lest two write to one line.
 template <class T>
 void multiply_panels(const Linear &linear, const Product<T> &product, bool amx, Tickets &tickets,
                      size_t phase, Scratch &scratch) {
     const int64_t lines = lines_of(linear.inputs, sizeof(T));
     const int64_t panels = divide_up(linear.outputs, WIDTH), at_once = rows_in_l2(lines);
-    const int64_t parts = panels * divide_up(product.count, at_once);
+    const int64_t together = product.into == Into::GATE ? 2 : 1;
+    const int64_t shares = divide_up(panels, together);
+    const int64_t parts = shares * divide_up(product.count, at_once);
     for (int64_t part = tickets.take(phase); part < parts;) {
-        const int64_t next = tickets.take(phase);
-        const int64_t begin = part / panels * at_once;
-        multiply_panel(linear, product, amx, part % panels, begin,
-                       std::min(product.count, begin + at_once), next % panels, scratch);
-        part = next;
+        const int64_t following = tickets.take(phase);
+        const int64_t begin = part / shares * at_once;
+        const int64_t end = std::min(product.count, begin + at_once);
+        const int64_t first = part % shares * together;
+        const int64_t last = std::min(panels, first + together) - 1;
+        for (int64_t panel = first; panel <= last; panel++) {
+            const int64_t next = panel < last ? panel + 1 : following % shares * together;
+            multiply_panel(linear, product, amx, panel, begin, end, next, scratch);
+        }
+        part = following;
     }
 }
 
@@ -361,7 +379,12 @@ template <class T> class TypedStage final : public Stage {
         const int64_t tokens = work.step.tokens;
         const T *rows = normed(layer.before_attention, hidden, work);
         multiply(layer.query_key_value, {rows, tokens, Into::STORE, mixed_.data()}, work);
-        work.share(tokens, [&](int64_t t) { place(layer, work.step, t); });
+        // Positions of a group lie in the same lines of the cache: one thread writes them.
+        const int64_t run = std::clamp<int64_t>(tokens / (8 * work.team.size()), 1, LANES);
+        work.share(divide_up(tokens, run), [&](int64_t part) {
+            for (int64_t t = part * run; t < std::min(tokens, (part + 1) * run); t++)
+                place(layer, work.step, t);
+        });
         work.team.barrier();
         work.share(parts.size(), [&](int64_t p) {
             attention(layer, work.step, parts[p], mixed_.data(), attended_.data());
@@ -452,7 +475,7 @@ template <class T> class TypedStage final : public Stage {
     std::vector<Layer> layers_;
     std::vector<Scratch> scratch_;
     std::vector<std::unique_ptr<Attention<T>>> attention_;
-    std::vector<T> normed_, mixed_, attended_, active_, added_;
+    Buffer<T> normed_, mixed_, attended_, active_, added_;
     std::vector<Place> places_;
 };
 
@@ -460,7 +483,7 @@ template <class T>
 void project(Team &team, const Linear &linear, bool amx, const T *rows, int64_t count,
              float *logits) {
     const int64_t lines = lines_of(linear.inputs, sizeof(T));
-    std::vector<T> tiled(round_up(count, 2 * TILE_ROWS) * lines * PER_LINE<T>);
+    Buffer<T> tiled(round_up(count, 2 * TILE_ROWS) * lines * PER_LINE<T>);
     for (int64_t row = 0; row < count; row++)
         copy(rows + row * linear.inputs, tiled_row(tiled.data(), row, lines), linear.inputs,
              TILED_STEP<T>);

@@ -28,6 +28,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #include "team.h"
 #include "vectors.h"
@@ -40,11 +42,23 @@ constexpr int ROWS = 14;        // of the AVX-512 kernel
 constexpr int TILE_ROWS = 16;   // of a row tile, and of a tile register
 // What a kernel call reads of the rows and of the tiles should stay in the first-level cache.
 constexpr int UNITS_IN_L1 = 512;
+constexpr int AMX_UNITS_IN_L1 = 128;
 constexpr int LINE = 64;
 constexpr int LINE_UNITS = LINE / UNIT;
 
 template <class T> constexpr int PER_UNIT = UNIT / sizeof(T);
 template <class T> constexpr int PER_LINE = LINE / sizeof(T);
+
+// Buffers begin with a line: rows of tile registers that cross lines are loaded at half the speed.
+template <class T> struct LineAllocator {
+    using value_type = T;
+    T *allocate(size_t count) {
+        return static_cast<T *>(::operator new(count * sizeof(T), std::align_val_t{LINE}));
+    }
+    void deallocate(T *buffer, size_t) { ::operator delete(buffer, std::align_val_t{LINE}); }
+    bool operator==(const LineAllocator &) const = default;
+};
+template <class T> using Buffer = std::vector<T, LineAllocator<T>>;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
