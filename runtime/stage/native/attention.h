@@ -44,8 +44,9 @@ template <class T> class Attention {
 
     // `mixed` is [tokens, (heads + 2 key heads) * head size], `output` row tiles of
     // [tokens, heads * head size].
-    void operator()(const Layer &layer, const Step &step, const Attend &part, const T *mixed,
-                    T *output) {
+    // The first groups of `next` are brought near while the last of `part` are attended to.
+    void operator()(const Layer &layer, const Step &step, const Attend &part, const Attend &next,
+                    const T *mixed, T *output) {
         const int64_t size = shape_.head_size, width = (shape_.heads + 2 * shape_.key_heads) * size;
         const int rows = part.count * share_;
         for (int r = 0; r < rows; r++)
@@ -58,9 +59,8 @@ template <class T> class Attention {
         std::fill_n(outputs_.begin(), rows * padded(), 0.0f);
 
         const int last = part.position + part.count - 1;
-        const int seen_first = layer.window ? std::max(0, part.position - layer.window + 1) : 0;
-        for (int group = seen_first / LANES; group <= last / LANES; group += GROUPS)
-            pass(layer, step, part, rows, group, last / LANES + 1);
+        for (int group = first_group(layer, part); group <= last / LANES; group += GROUPS)
+            pass(layer, step, part, next, rows, group, last / LANES + 1);
 
         const int64_t lines = lines_of(shape_.heads * size, sizeof(T));
         for (int r = 0; r < rows; r++) {
@@ -80,20 +80,32 @@ template <class T> class Attention {
     // Elements of an output row: whole pairs of tiles.
     int64_t padded() const { return round_up(shape_.head_size, WIDTH); }
 
-    // The groups from `group` on, at most as many as a pass has, of those before `end`.
-    void pass(const Layer &layer, const Step &step, const Attend &part, int rows, int group,
-              int end) {
-        const int64_t bytes = shape_.head_size * LANES * sizeof(T);
+    static int first_group(const Layer &layer, const Attend &part) {
+        return layer.window ? std::max(0, part.position - layer.window + 1) / LANES : 0;
+    }
+
+    // Where the keys, and in the other tensor the values, of a group begin, in bytes.
+    int64_t place(const Step &step, const Attend &part, int64_t group) const {
         const int64_t per_block = shape_.block_size / LANES;
+        const int64_t block = step.blocks[step.tables[part.sequence] + group / per_block];
+        const int64_t at = (block * per_block + group % per_block) * shape_.key_heads;
+        return (at + part.key_head) * shape_.head_size * LANES * int64_t(sizeof(T));
+    }
+
+    // The groups from `group` on, at most as many as a pass has, of those before `end`.
+    void pass(const Layer &layer, const Step &step, const Attend &part, const Attend &next, int rows,
+              int group, int end) {
         const int groups = std::min(GROUPS, end - group);
-        // Two more than are attended to now: they are brought near while the last are.
+        // Some more than are attended to now: they are brought near while the last are.
         const char *keys[GROUPS + 3], *values[GROUPS + 3];
+        const int next_first = first_group(layer, next), next_last = next.position / LANES;
         for (int g = 0; g < groups + 3; g++) {
-            const int64_t at = std::min(group + g, end - 1);
-            const int64_t block = step.blocks[step.tables[part.sequence] + at / per_block];
-            const int64_t place = (block * per_block + at % per_block) * shape_.key_heads;
-            keys[g] = (const char *)layer.keys + (place + part.key_head) * bytes;
-            values[g] = (const char *)layer.values + (place + part.key_head) * bytes;
+            const int64_t offset =
+                group + g < end
+                    ? place(step, part, group + g)
+                    : place(step, next, std::min(next_first + group + g - end, next_last));
+            keys[g] = (const char *)layer.keys + offset;
+            values[g] = (const char *)layer.values + offset;
         }
         for (int g = 0; g < groups; g += 2)
             score(rows, &keys[g], {{keys[g + 2], keys[g + 3], values[g], values[g + 1]}, 4}, g,

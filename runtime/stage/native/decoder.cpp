@@ -386,9 +386,14 @@ template <class T> class TypedStage final : public Stage {
                 place(layer, work.step, t);
         });
         work.team.barrier();
-        work.share(parts.size(), [&](int64_t p) {
-            attention(layer, work.step, parts[p], mixed_.data(), attended_.data());
-        });
+        const int64_t count = parts.size();
+        for (int64_t part = work.tickets.take(work.phase); part < count;) {
+            const int64_t next = work.tickets.take(work.phase);
+            attention(layer, work.step, parts[part], parts[std::min(next, count - 1)],
+                      mixed_.data(), attended_.data());
+            part = next;
+        }
+        work.phase++;
         work.team.barrier();
         add(layer.attention_output, attended_.data(), layer.after_attention, hidden, work);
         rows = normed(layer.before_mlp, hidden, work);

@@ -130,7 +130,7 @@ void multiply(Rows rows, const char *const *first, const char *const *second, in
             const char *line = rows.line((segment * units + done) / LINE_UNITS) + at * UNIT;
             for (int unit = 0; unit < count; unit++, l += LINE, h += LINE) {
                 for (int i = 0; i < ahead.count; i++) {
-                    _mm_prefetch(ahead.streams[i], _MM_HINT_T1);
+                    _mm_prefetch(ahead.streams[i], _MM_HINT_T0);
                     ahead.streams[i] += LINE;
                 }
                 __m512i a = _mm512_loadu_si512(l), b = _mm512_loadu_si512(h);
