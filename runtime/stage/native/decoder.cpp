@@ -9,6 +9,8 @@
 
 #include "decoder.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -515,7 +517,17 @@ using namespace bulkhead;
 int bulkhead_amx() { return amx_permitted(); }
 
 // Changes with anything that native/library.py must know.
-int bulkhead_abi() { return 2; }
+int bulkhead_abi() { return 3; }
+
+// Asks for huge pages (Linux, admin-guide/mm/transhuge.rst) for memory not yet touched: a step reads
+// all weights and cache once, a page of 4 KiB at a time would be a walk through page tables each.
+void bulkhead_huge_pages(void *memory, int64_t bytes) {
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t begin = round_up(uintptr_t(memory), PAGE);
+    const uintptr_t end = (uintptr_t(memory) + bytes) / PAGE * PAGE;
+    // A kernel without them computes the same.
+    if (begin < end) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+}
 
 // Tiles of a weight [outputs, inputs]; see pack.
 void bulkhead_pack(void *team, int bfloat, const void *weight, int64_t outputs, int64_t inputs,

@@ -21,7 +21,7 @@ __all__ = ["Layer", "Library", "Linear", "PackedWeight", "Shape", "Step", "Team"
 
 _log = logging.getLogger(__name__)
 
-_ABI = 2
+_ABI = 3
 _PATH = Path(__file__).with_name("decoder" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _CPUINFO = Path("/proc/cpuinfo")
 _NEEDED = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -134,6 +134,7 @@ class Library:
         for name, result, arguments in (
             ("team_new", ctypes.c_void_p, (ctypes.c_int,)),
             ("team_free", None, (ctypes.c_void_p,)),
+            ("huge_pages", None, (ctypes.c_void_p, ctypes.c_int64)),
             (
                 "pack",
                 None,
@@ -202,6 +203,12 @@ class Library:
         self.bfloat16 = flags >= _BFLOAT16
         self.amx = flags >= _AMX | _BFLOAT16 and bool(functions.bulkhead_amx())
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory without content, in huge pages where there are some."""
+        tensor = torch.empty(*shape, dtype=dtype)
+        self._functions.bulkhead_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
     def new_stage(self, shape: Shape, layers: Sequence[Layer]) -> int:
         """A stage over these layers; free it with `free_stage`."""
         array = (Layer * len(layers))(*layers)
@@ -238,7 +245,7 @@ class Library:
         weight_OI = weight_OI.contiguous()
         line = 64 // dtype.itemsize
         shape = (-(-outputs // 32) * 32, -(-inputs // line) * line)
-        tiles = torch.empty(shape, dtype=weight_OI.dtype)
+        tiles = self.empty(shape, weight_OI.dtype)
         pack = (
             self._functions.bulkhead_pack_int8
             if weight_OI.dtype == torch.int8

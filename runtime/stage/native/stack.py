@@ -13,7 +13,6 @@ from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer
 from runtime.stage.errors import UnsupportedModel
 from runtime.stage.families import Rotations
-from runtime.stage.kv_cache import committed_zeros
 from runtime.stage.native import library as native
 from runtime.stage.native.library import Library, PackedWeight, Team, load_library
 from runtime.stage.quantise import quantise
@@ -193,7 +192,8 @@ class NativeLayers:
         """See `Layers`."""
         shape = (blocks, self._rows_bytes(self._settings.block_size))
         for layer in self._layers:
-            keys, values = (committed_zeros(shape, torch.uint8) for _ in range(2))
+            # Written at once: whoever measures what is left must not count it in.
+            keys, values = (self._team.library.empty(shape, torch.uint8).zero_() for _ in range(2))
             self._caches += [keys, values]
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         self._stage = self._team.library.new_stage(self._shape, self._layers)
