@@ -391,10 +391,12 @@ def test_the_clients_credential_reaches_the_head_and_nobody_else(
                     assert (await client.get("/v1/models", headers=auth)).status_code == 201
             credentials = [request.credential for request in head.requests]
             assert credentials == ["", "Bearer sk-plain", "Bearer sk-sealed"]
-            assert headers and "sk-" not in str(headers)
+            assert headers and not any(
+                secret in str(headers) for secret in ("sk-plain", "sk-sealed")
+            )
 
     run(test)
-    assert "sk-" not in caplog.text
+    assert not any(secret in caplog.text for secret in ("sk-plain", "sk-sealed"))
 
 
 @pytest.mark.parametrize("credential", [b"x" * 8193, "Bearer é".encode("latin-1")])
