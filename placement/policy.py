@@ -24,8 +24,9 @@ from placement.plan import (
     DataClass,
     Trust,
 )
+from placement.requirements import PINS, Requirements, read_requirements
 
-MAX_POLICY_BYTES = 64 << 10
+MAX_POLICY_BYTES = 256 << 10
 """Longest policy, as YAML or as JSON, that is parsed."""
 
 MAX_MEASUREMENTS = 256
@@ -161,6 +162,8 @@ class Policy:
         evidence: kinds of evidence that count as attestation, in the order written.
         measurements: accepted measurements (hex) by kind of evidence; a kind that is absent is
             not pinned.
+        requirements: what else evidence must say, by kind; a kind that is absent has every pin of
+            its table missing, so that nothing of that kind is accepted.
         regions: regions that shards may run in; empty means any.
         ingress: how prompts come in.
         objective: what the planner optimises.
@@ -176,6 +179,7 @@ class Policy:
     protect: Protection
     evidence: tuple[str, ...]
     measurements: Mapping[str, tuple[str, ...]]
+    requirements: Mapping[str, Requirements]
     regions: tuple[str, ...]
     ingress: Ingress
     objective: Objective
@@ -188,6 +192,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", MappingProxyType(dict(self.measurements)))
+        object.__setattr__(self, "requirements", MappingProxyType(dict(self.requirements)))
         for field, reason in _contradictions(self):
             raise PolicyError("policy", 0, field, reason)
 
@@ -227,6 +232,10 @@ class Policy:
         """The kinds of device evidence that an attested shard must show besides its machine's."""
         return tuple(kind for kind in self.evidence if kind in DEVICE_EVIDENCE)
 
+    def requirements_for(self, kind: str) -> Requirements:
+        """What evidence of a kind must say; where nothing is written, nothing is open."""
+        return self.requirements.get(kind, Requirements())
+
     def to_document(self) -> dict[str, Encodable]:
         """The fields as a JSON object, complete and in the shape of the YAML."""
         return {
@@ -235,6 +244,9 @@ class Policy:
             "protect": {item.value: self.protect.least(item) for item in DataClass},
             "evidence": list(self.evidence),
             "measurements": {kind: list(pins) for kind, pins in self.measurements.items()},
+            "requirements": {
+                kind: section.to_document() for kind, section in self.requirements.items()
+            },
             "regions": list(self.regions),
             "ingress": self.ingress,
             "objective": self.objective,
@@ -316,6 +328,7 @@ def _read(document: Mapping[str, object]) -> Policy:
     measurements = (
         reader.texts_map("measurements", 16, MAX_MEASUREMENTS) if "measurements" in reader else {}
     )
+    requirements = _read_requirements(reader)
     regions = reader.texts("regions", 64, 64, REGION) if "regions" in reader else ()
     ingress = reader.choice("ingress", Ingress) if "ingress" in reader else Ingress.SEALED
     objective = (
@@ -336,6 +349,7 @@ def _read(document: Mapping[str, object]) -> Policy:
         protect=protect,
         evidence=evidence,
         measurements=measurements,
+        requirements=requirements,
         regions=regions,
         ingress=ingress,
         objective=objective,
@@ -361,6 +375,17 @@ def _read_protection(reader: Fields) -> Protection:
         activations=least[DataClass.ACTIVATIONS],
         weights=least[DataClass.WEIGHTS],
     )
+
+
+def _read_requirements(reader: Fields) -> dict[str, Requirements]:
+    if "requirements" not in reader:
+        return {}
+    section = reader.section("requirements")
+    found = {
+        kind: read_requirements(kind, section.section(kind)) for kind in PINS if kind in section
+    }
+    section.finish()
+    return found
 
 
 def _read_objectives(reader: Fields) -> Objectives:
@@ -414,6 +439,12 @@ def _contradictions(policy: Policy) -> Iterator[tuple[str, str]]:
                     "expected 32 to 128 lower-case hexadecimal digits, "
                     f"found text of {len(pin)} characters",
                 )
+    for kind in policy.requirements:
+        if kind not in policy.evidence:
+            yield (
+                f"requirements.{kind}",
+                f"expected a kind that stands under evidence, found {kind[:64]!r}",
+            )
     for i, region in enumerate(policy.regions):
         if re.fullmatch(REGION, region) is None or region in policy.regions[:i]:
             yield f"regions[{i}]", f"expected region names, each once, found {region[:64]!r}"

@@ -10,13 +10,76 @@ to attest again.
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from security.attestation.octets import OctetReader
+from security.errors import EvidenceMalformed
 from security.signing import length_prefixed
 
 MAX_EVIDENCE_BYTES = 1 << 20
 REPORT_DATA_BYTES = 64
 _DOMAIN = b"bulkhead/v1/report-data"
+_GPU_NONCE_DOMAIN = b"bulkhead/v1/gpu-nonce"
+_MAGIC = b"BHEV1"
+_MAX_PARTS = 64
+_PART_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+def gpu_nonce(challenge: bytes) -> bytes:
+    """The nonce (32 bytes) of device evidence that goes with CPU evidence for a challenge.
+
+    The devices answer it first; the digest of their answers is then bound by the CPU's report data,
+    so that neither side can be taken from another machine or another time.
+    """
+    return hashlib.sha256(length_prefixed([_GPU_NONCE_DOMAIN, challenge])).digest()
+
+
+def encode_parts(parts: Mapping[str, bytes]) -> bytes:
+    """Joins the files of one piece of evidence into a body, in the order of their names.
+
+    Layout: "BHEV1", u8 count, then for each part u8 name length, name (ASCII), u32 big-endian
+    length, bytes.
+    """
+    if len(parts) > _MAX_PARTS:
+        raise ValueError(f"parts: expected at most {_MAX_PARTS}, found {len(parts)}")
+    body = bytearray(_MAGIC)
+    body.append(len(parts))
+    for name in sorted(parts):
+        if _PART_NAME.fullmatch(name) is None:
+            raise ValueError(f"part name: expected lower-case letters and digits, found {name!r}")
+        body.append(len(name))
+        body += name.encode("ascii")
+        body += len(parts[name]).to_bytes(4, "big")
+        body += parts[name]
+    return bytes(body)
+
+
+def decode_parts(body: bytes) -> dict[str, bytes]:
+    """Takes apart what `encode_parts` joined.
+
+    Raises:
+        EvidenceMalformed: anything else, or names out of order or twice.
+    """
+    if len(body) > MAX_EVIDENCE_BYTES:
+        raise EvidenceMalformed(
+            f"evidence: expected at most {MAX_EVIDENCE_BYTES} bytes, found {len(body)}"
+        )
+    reader = OctetReader(body, "evidence")
+    if reader.take(min(len(_MAGIC), reader.left), "magic") != _MAGIC:
+        raise EvidenceMalformed(f"evidence: expected a body that begins with {_MAGIC.decode()}")
+    parts: dict[str, bytes] = {}
+    last = ""
+    for _ in range(reader.big(1, "count")):
+        raw = reader.take(reader.big(1, "name length"), "name")
+        name = raw.decode("ascii", "replace")
+        if _PART_NAME.fullmatch(name) is None or name <= last or len(parts) == _MAX_PARTS:
+            raise EvidenceMalformed("evidence: expected at most 64 parts, named, in order")
+        last = name
+        parts[name] = reader.take(reader.big(4, "length"), name)
+    reader.finish()
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
