@@ -1,12 +1,14 @@
 """How long steps take, measured, and how many prompt tokens a step may carry beside decodes.
 
 A step that only decodes is bound by reading weights and cache; every row of a prompt adds
-arithmetic. `StepPace` keeps two numbers from the engine's own steps: the seconds of a step with so
-many decodes and no prompt, and the seconds that a prompt token adds. Both are medians of the last
-steps, which a single slow one does not move.
+arithmetic. `StepPace` keeps from the engine's own steps the seconds of a step with so many decodes
+and no prompt, which are medians of the last steps, so that a single slow one does not move them,
+and what the chunks of the last steps with prompts added to that.
 
-The cost of a prompt token is never taken to be less than its share of the step: where the step was
-still bound by reading weights, the rows looked nearly free, and a larger chunk would not be.
+Rows are not equally dear: the first ones hide behind the reading of weights, and a larger chunk
+does not (the roofline). So a chunk grows to no more than twice the largest one measured lately,
+and the dearest of the last few says what a row costs. At the roof's knee the step of twice the
+rows takes at most twice the time, whatever the machine.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ LEAST_CHUNK = 16
 """Prompt tokens that a step carries at least, where there are any: prompts always advance."""
 
 _KEPT = 9
+_CHUNKS_KEPT = 3
+_MOST_GROWTH = 2
 _REMEASURE_AFTER = 64
 
 
@@ -29,7 +33,8 @@ class StepPace:
     def __init__(self) -> None:
         # By the bit length of the number of decodes: a step of 20 says little about one of 3.
         self._decode_s: dict[int, deque[float]] = {}
-        self._token_s: deque[float] = deque(maxlen=_KEPT)
+        # Of the last steps with prompts: tokens of them, and the seconds that those added.
+        self._chunks: deque[tuple[int, float]] = deque(maxlen=_CHUNKS_KEPT)
         self._steps = 0
         self._measured_at: dict[int, int] = {}
 
@@ -41,10 +46,9 @@ class StepPace:
             size = decodes.bit_length()
             self._decode_s.setdefault(size, deque(maxlen=_KEPT)).append(seconds)
             return
-        share = seconds / (decodes + prompt_tokens)
         usual = self.decode_s(decodes) if decodes else None
-        added = share if usual is None else (seconds - usual) / prompt_tokens
-        self._token_s.append(max(share, added))
+        added = seconds if usual is None else max(0.0, seconds - usual)
+        self._chunks.append((prompt_tokens, added))
 
     def decode_s(self, decodes: int) -> float | None:
         """Seconds of a step with so many decodes and no prompt; None where none was measured."""
@@ -71,6 +75,9 @@ class StepPace:
         At least LEAST_CHUNK. None where nothing is measured yet: then nothing is known to wait for.
         """
         usual = self.decode_s(decodes)
-        if usual is None or not self._token_s:
+        if usual is None or not self._chunks:
             return None
-        return max(LEAST_CHUNK, int(usual / median(self._token_s)))
+        token_s = max(added / tokens for tokens, added in self._chunks)
+        most = _MOST_GROWTH * max(tokens for tokens, _ in self._chunks)
+        fitting = most if token_s * most <= usual else int(usual / token_s)
+        return max(LEAST_CHUNK, fitting)

@@ -121,7 +121,7 @@ class Sequence:
         admitted: whether the last stage knows of it under that slot.
         run: counts the times it was put on the stages or taken off; a step of an older run is void.
         in_flight: steps of this run in flight; several for a prompt, never more than one decode.
-        began: newest arrival in the engine when its first token came; None before.
+        settled: newest arrival in the engine when it had some tokens; None before.
         breaks: breaks of the pipeline with this sequence in flight since its last token.
     """
 
@@ -150,7 +150,7 @@ class Sequence:
         self.status = Status.WAITING
         self.run = 0
         self.in_flight = 0
-        self.began: int | None = None
+        self.settled: int | None = None
         self.breaks = 0
         self._text = text
         self._scores: list[TokenScore] = []

@@ -37,6 +37,8 @@ from security.channel.frame import SequenceStep, StepHeader
 __all__ = ["EngineLimits", "Part", "Scheduler", "Step"]
 
 _RANK = attrgetter("rank")
+_SETTLED = 4
+"""Tokens after which a stream has a pace that others must keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,23 +149,24 @@ class Step:
 class _Allowance:
     """Prompt tokens that a step may carry, for the sake of the streams that wait for it.
 
-    A prompt that came after a stream had begun may make a step take twice the usual time, no more.
-    Prompts that came in one burst with all the streams take what a step holds: otherwise the first
-    of a burst would finish before the last has a token.
+    A prompt that came after a stream had settled may make a step take twice the usual time, no
+    more. Prompts that came in one burst with all the streams take what a step holds: otherwise the
+    first of a burst would finish before the last has a token. A burst takes a moment to come in
+    over a network; the first of it may have a token by then.
 
     Attributes:
-        began: newest arrival when the oldest stream began.
+        settled: newest arrival when the oldest stream settled.
         most: tokens up to and with those of a prompt that came no later.
         late: the same for a prompt that came after it.
     """
 
-    began: int
+    settled: int
     most: int
     late: int
 
     def of(self, sequence: Sequence) -> int:
         """Tokens of the step up to and with this sequence's."""
-        return self.late if sequence.arrival > self.began else self.most
+        return self.late if sequence.arrival > self.settled else self.most
 
 
 @dataclass(slots=True)
@@ -219,7 +222,7 @@ class Scheduler:
         decodes = len(chosen)
         budget = self.limits.max_step_tokens - decodes
         allowance = self._allowance(streams, share)
-        measures = decodes and self._newest > allowance.began and self._prompts_ready()
+        measures = decodes and self._newest > allowance.settled and self._prompts_ready()
         if measures and self.pace.wants_decodes_alone(decodes):
             return self._make_step(chosen, decodes)
         used = 0
@@ -241,8 +244,9 @@ class Scheduler:
                 continue
             sequence.in_flight -= 1
             sequence.computed += part.count
-            if part.sampled and sequence.began is None:
-                sequence.began = self._newest
+            # The token of this step is appended after this.
+            if part.sampled and len(sequence.output) + 1 == _SETTLED:
+                sequence.settled = self._newest
             self._publish(sequence)
 
     def end(self, sequence: Sequence) -> None:
@@ -298,9 +302,9 @@ class Scheduler:
     def _allowance(self, streams: list[Sequence], share: int) -> _Allowance:
         """What prompts may take of the next step, which has `share` decodes of the streams."""
         most = self.limits.max_step_tokens
-        began = min((s.began for s in streams if s.began is not None), default=self._newest)
+        settled = min((s.settled for s in streams if s.settled is not None), default=self._newest)
         late = self.pace.prompt_tokens(share) if streams else None
-        return _Allowance(began, most, most if late is None else late)
+        return _Allowance(settled, most, most if late is None else late)
 
     def _admit(self, sequence: Sequence) -> Sequence:
         """Takes the first in line onto the stages, with what is cached of its prefix."""

@@ -93,6 +93,19 @@ def test_many_prompts_at_once_are_computed_as_fast_as_without_streams():
     assert max(sum(s.start == 0 for s in h.sequences) for h in runner.steps) >= 4
 
 
+def test_a_burst_that_comes_in_while_its_first_has_a_token_is_still_a_burst():
+    engine, runner = make(limits(**WIDE), 2)
+    timed = Timed(engine, runner)
+    timed.submit(ask("first" + "x" * 123, 64))
+    timed.turn(lambda: len(timed.times[0]) == 1)
+    begun = runner.now
+    for number in range(31):
+        timed.submit(ask(f"{number:02}" + "x" * 126, 64))
+    timed.finish()
+    firsts = sorted(times[0] - begun for times in timed.times)
+    assert firsts[-1] <= 1.5 * 31 * 128 * runner.row_s
+
+
 def test_without_streams_the_whole_budget_is_used_and_chunks_follow_without_waiting():
     engine, runner = make(limits(**WIDE), depth=3)
     timed = Timed(engine, runner)
@@ -136,23 +149,37 @@ def test_the_pace_is_that_of_the_last_steps_without_outliers():
     assert pace.decode_s(8) == 0.05
     # Steps of 8 say nothing of steps of 32.
     assert pace.decode_s(32) is None and pace.prompt_tokens(32) is None
-    for seconds in (0.1, 0.1, 7.0):
-        pace.record(0, 100, seconds)
+    pace.record(0, 100, 0.1)
     assert pace.prompt_tokens(8) == 50
     for _ in range(9):
         pace.record(8, 0, 0.02)
     assert pace.prompt_tokens(8) == 20
-    for _ in range(9):
-        pace.record(0, 100, 100.0)
+    pace.record(0, 100, 100.0)
     assert pace.prompt_tokens(8) == LEAST_CHUNK
+    # One slow step is forgotten soon.
+    for _ in range(3):
+        pace.record(0, 100, 0.1)
+    assert pace.prompt_tokens(8) == 20
 
 
-def test_rows_that_ride_for_nothing_are_not_taken_for_free():
+@pytest.mark.parametrize("hidden", [0, 40, 100])
+def test_rows_that_hide_behind_the_weights_are_not_taken_for_free(hidden):
+    """A roofline: so many rows cost nothing. Chunks find the knee and never overshoot it much."""
     pace = StepPace()
+
+    def step_s(rows: int) -> float:
+        return 0.05 + 0.0005 * max(0, rows - hidden)
+
     pace.record(8, 0, 0.05)
-    # Bound by reading weights: 8 rows more take no longer. A thousand would.
-    pace.record(8, 8, 0.05)
-    assert pace.prompt_tokens(8) == 16
+    pace.record(8, 8, step_s(8))
+    chunks = []
+    for _ in range(40):
+        chunk = pace.prompt_tokens(8)
+        chunks.append(chunk)
+        pace.record(8, chunk, step_s(chunk))
+    assert max(step_s(chunk) for chunk in chunks) <= 3 * 0.05
+    # In the end a step takes about twice as long as one without prompts, no less.
+    assert step_s(chunks[-1]) >= 1.8 * 0.05
 
 
 def test_decodes_are_measured_alone_now_and_then():
