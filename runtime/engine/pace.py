@@ -24,6 +24,8 @@ LEAST_CHUNK = 16
 _KEPT = 9
 _CHUNKS_KEPT = 3
 _MOST_GROWTH = 2
+_ADDED_SHARE = 0.8
+"""Of a step's usual time that prompts may add: what is hard to foresee has room below thrice."""
 _REMEASURE_AFTER = 64
 
 
@@ -70,7 +72,7 @@ class StepPace:
         return True
 
     def prompt_tokens(self, decodes: int) -> int | None:
-        """Prompt tokens that make a step of so many decodes take twice as long.
+        """Prompt tokens that make a step of so many decodes take `_ADDED_SHARE` longer.
 
         At least LEAST_CHUNK. None where nothing is measured yet: then nothing is known to wait for.
         """
@@ -79,5 +81,6 @@ class StepPace:
             return None
         token_s = max(added / tokens for tokens, added in self._chunks)
         most = _MOST_GROWTH * max(tokens for tokens, _ in self._chunks)
-        fitting = most if token_s * most <= usual else int(usual / token_s)
+        room = _ADDED_SHARE * usual
+        fitting = most if token_s * most <= room else round(room / token_s)
         return max(LEAST_CHUNK, fitting)
