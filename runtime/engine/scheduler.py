@@ -149,8 +149,8 @@ class Step:
 class _Allowance:
     """Prompt tokens that a step may carry, for the sake of the streams that wait for it.
 
-    A prompt that came after a stream had settled may make a step take not quite twice the usual time, no
-    more. Prompts that came in one burst with all the streams take what a step holds: otherwise the
+    A prompt that came after a stream had settled may make a step take not quite twice the usual
+    time. Prompts that came in one burst with all the streams take what a step holds: otherwise the
     first of a burst would finish before the last has a token. A burst takes a moment to come in
     over a network; the first of it may have a token by then.
 
