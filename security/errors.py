@@ -158,6 +158,68 @@ class NoCollector(SecurityError):
     code = "no_collector"
 
 
+class CollectionError(SecurityError):
+    """The base of everything that keeps this machine from making evidence."""
+
+    code = "collection"
+
+
+class TsmUnavailable(CollectionError):
+    """The kernel has no configfs-tsm, no provider for it, or does not let us use it."""
+
+    code = "tsm_unavailable"
+
+
+class TsmProviderUnknown(CollectionError):
+    """The kernel's provider makes reports that nothing here verifies."""
+
+    code = "tsm_provider_unknown"
+
+
+class TsmConflict(CollectionError):
+    """Somebody else wrote to our report instance."""
+
+    code = "tsm_conflict"
+
+
+class TsmBusy(CollectionError):
+    """The platform kept saying that it is busy.
+
+    Attributes:
+        cause: the kernel's last error.
+    """
+
+    code = "tsm_busy"
+
+    def __init__(self, cause: OSError, found: str) -> None:
+        super().__init__(f"{found} {cause.strerror}; try again later")
+        self.cause = cause
+
+
+class TsmReportTooLarge(CollectionError):
+    """The report is longer than the kernel or we admit."""
+
+    code = "tsm_report_too_large"
+
+
+class TsmPrivilegeLevelRefused(CollectionError):
+    """The privilege level (VMPL) is one that the kernel does not admit."""
+
+    code = "tsm_privilege_level_refused"
+
+
+class TsmServiceProviderRefused(CollectionError):
+    """A report by a service provider (SVSM) was asked for; nothing here appraises those."""
+
+    code = "tsm_service_provider_refused"
+
+
+class TsmFailed(CollectionError):
+    """The kernel failed in another way."""
+
+    code = "tsm_failed"
+
+
 # -- rosters ----------------------------------------------------------------------------------
 
 
