@@ -26,6 +26,12 @@ class MalformedInput(SecurityError):
     code = "malformed_input"
 
 
+class FileUnusable(SecurityError):
+    """A file or directory that an operator names is missing, too long, or leads elsewhere."""
+
+    code = "file_unusable"
+
+
 # -- signing ----------------------------------------------------------------------------------
 
 
@@ -431,9 +437,27 @@ class WrongManifest(BrokerRefusal):
 
 
 class GpuEvidenceUnexpected(BrokerRefusal):
-    """GPU evidence is stated although this version appraises none."""
+    """GPU evidence is stated or sent although the policy demands none, or none was sent."""
 
     code = "gpu_evidence_unexpected"
+
+
+class GpuEvidenceSwapped(BrokerRefusal):
+    """The machine's evidence is bound to other GPU evidence than what was sent with it."""
+
+    code = "gpu_evidence_swapped"
+
+
+class PlanReplaced(BrokerRefusal):
+    """The owner installed another plan while the evidence was being appraised."""
+
+    code = "plan_replaced"
+
+
+class CollateralUnusable(BrokerRefusal):
+    """The collateral directory cannot be read as a whole, so nothing is judged by half of it."""
+
+    code = "collateral_unusable"
 
 
 class ClaimsRejected(BrokerRefusal):

@@ -90,3 +90,9 @@ class RevokedIdentity(Refusal):
 
 
 # -- several kinds together -------------------------------------------------------------------
+
+
+class DeviceEvidenceMissing(Refusal):
+    """The policy demands evidence of devices and there is none."""
+
+    code = "device_evidence_missing"

@@ -22,6 +22,7 @@ MAX_EVIDENCE_BYTES = 1 << 20
 REPORT_DATA_BYTES = 64
 _DOMAIN = b"bulkhead/v1/report-data"
 _GPU_NONCE_DOMAIN = b"bulkhead/v1/gpu-nonce"
+_VTPM_DOMAIN = b"bulkhead/v1/vtpm-nonce"
 _MAGIC = b"BHEV1"
 _MAX_PARTS = 64
 _PART_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -34,6 +35,23 @@ def gpu_nonce(challenge: bytes) -> bytes:
     so that neither side can be taken from another machine or another time.
     """
     return hashlib.sha256(length_prefixed([_GPU_NONCE_DOMAIN, challenge])).digest()
+
+
+def evidence_digest(device_evidence: bytes) -> str:
+    """SHA-256 (hex) of device evidence, as `Binding.gpu_evidence_digest` holds it.
+
+    "" where there is none.
+    """
+    return hashlib.sha256(device_evidence).hexdigest() if device_evidence else ""
+
+
+def vtpm_nonce(report_data: bytes) -> bytes:
+    """What a TPM's quote (extraData) must hold for report data: 48 bytes.
+
+    Not the 64 bytes themselves: a TPM without SHA-512 takes at most 50 (TPM2B_DATA is as long as
+    the longest digest with its algorithm, TPM 2.0 Library part 2, 10.4.3).
+    """
+    return hashlib.sha384(length_prefixed([_VTPM_DOMAIN, report_data])).digest()
 
 
 def encode_parts(parts: Mapping[str, bytes]) -> bytes:
