@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -37,7 +37,14 @@ from security.attestation.certificates import (
     read_certificate,
     read_revocation_list,
 )
-from security.attestation.der import IA5_STRING, INTEGER, DerReader, integer_of, text_of
+from security.attestation.der import (
+    IA5_STRING,
+    INTEGER,
+    OCTET_STRING,
+    DerReader,
+    integer_of,
+    text_of,
+)
 from security.attestation.errors import (
     CertificateMalformed,
     SnpCertificateExpired,
@@ -276,7 +283,9 @@ class Chain:
         for role, certificate in self.certificates:
             if now > certificate.not_after:
                 raise SnpCertificateExpired(
-                    f"{role} certificate", f"one valid at {now}", f"notAfter {certificate.not_after}"
+                    f"{role} certificate",
+                    f"one valid at {now}",
+                    f"notAfter {certificate.not_after}",
                 )
             if now < certificate.not_before:
                 raise SnpCertificateNotYetValid(
@@ -464,7 +473,7 @@ def build_chain(
     best = Chain(endorsement, None, None)
     least = _faults(best, roots, lists, now)
     for issuer in _named(leaf.issuer, pool, leaf):
-        above = [*_named(issuer.issuer, pool, issuer)]
+        above: list[Certificate | None] = [*_named(issuer.issuer, pool, issuer)]
         for root in above or [None]:
             chain = Chain(endorsement, issuer, root)
             faults = _faults(chain, roots, lists, now)
@@ -562,12 +571,13 @@ def _faults(
     chain: Chain, roots: frozenset[str], lists: tuple[RevocationList, ...], now: int
 ) -> int:
     faults = 0
-    for holds in (
+    requirements: tuple[Callable[[], None], ...] = (
         lambda: chain.require_root(roots),
         chain.require_signatures,
         chain.require_profile,
         lambda: chain.require_dates(now),
-    ):
+    )
+    for holds in requirements:
         try:
             holds()
         except (
@@ -604,19 +614,14 @@ def _read_endorsement(certificate: Certificate, key: SigningKey) -> Endorsement:
         )
     product = Product(match[1])
     parts = {
-        part: _integer(amd, f"{_SPL}{number}", part)
-        for number, part in _SPL_PARTS[product].items()
+        part: _integer(amd, f"{_SPL}{number}", part) for number, part in _SPL_PARTS[product].items()
     }
     for number in _SPL_UNUSED[product]:
         if _integer(amd, f"{_SPL}{number}", f"spl_{number}"):
             raise CertificateMalformed(f"spl_{number}: expected 0, found another")
     hwid, csp_id = b"", ""
     if key is SigningKey.VCEK:
-        hwid = amd.pop(_HWID, b"")
-        if len(hwid) != HWID_BYTES[product]:
-            raise CertificateMalformed(
-                f"hwID: expected {HWID_BYTES[product]} bytes, found {len(hwid)}"
-            )
+        hwid = _hwid(amd, HWID_BYTES[product])
         if not any(hwid):
             raise CertificateMalformed("hwID: expected a chip, found zero")
     else:
@@ -627,6 +632,17 @@ def _read_endorsement(certificate: Certificate, key: SigningKey) -> Endorsement:
         parts.get("fmc"), parts["bootloader"], parts["tee"], parts["snp"], parts["microcode"]
     )
     return Endorsement(certificate, key, product_name, product, tcb, hwid, csp_id)
+
+
+def _hwid(extensions: dict[str, bytes], size: int) -> bytes:
+    # The extension holds the bytes themselves; newer certificates wrap them in an OCTET STRING.
+    octets = extensions.get(_HWID, b"")
+    if len(octets) == size:
+        return extensions.pop(_HWID)
+    hwid = _take(extensions, _HWID, "hwID", OCTET_STRING)
+    if len(hwid) != size:
+        raise CertificateMalformed(f"hwID: expected {size} bytes, found {len(hwid)}")
+    return hwid
 
 
 def _take(extensions: dict[str, bytes], oid: str, name: str, tag: int) -> bytes:

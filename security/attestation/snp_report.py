@@ -1,7 +1,7 @@
 """ATTESTATION_REPORT of SEV-SNP, read from its 1184 bytes (AMD 56860, section 7.3).
 
-Reading proves nothing: the signature is checked elsewhere. What the firmware interface specification
-reserves must be zero, and values that it does not define are refused here, by name.
+Reading proves nothing: the signature is checked elsewhere. What the specification of the firmware's
+interface reserves must be zero, and values that it does not define are refused here, by name.
 
 A TCB_VERSION's layout depends on the product. Reports from version 3 say the product themselves
 (CPUID); of a version 2 report only the certificate says it. So the report keeps TCB versions as
@@ -189,7 +189,8 @@ class GuestPolicy:
         """
         if raw >> 26 or not raw >> 17 & 1:
             raise SnpReservedNotZero(
-                f"ATTESTATION_REPORT.POLICY: expected bits 63:26 zero and bit 17 one, found {raw:#x}"
+                "ATTESTATION_REPORT.POLICY: expected bits 63:26 zero and bit 17 one, found "
+                f"{raw:#x}"
             )
         return cls(
             raw=raw,
@@ -495,4 +496,6 @@ def _reserved(reader: OctetReader, size: int) -> None:
 
 def _must_be_zero(octets: bytes, what: str) -> None:
     if any(octets):
-        raise SnpReservedNotZero(f"{what}: expected zero, found {octets.lstrip(bytes(1))[:8].hex()}")
+        raise SnpReservedNotZero(
+            f"{what}: expected zero, found {octets.lstrip(bytes(1))[:8].hex()}"
+        )
