@@ -300,7 +300,8 @@ def _count(name: str, number: Callable[[DeviceSet], int]) -> SetRule:
 
 SET_RULES: tuple[SetRule, ...] = (
     SetRule(
-        "nvidia.set.complete", "NVIDIA attestation-sdk, evidence JSON: evidence, certificate",
+        "nvidia.set.complete",
+        "NVIDIA attestation-sdk, evidence JSON: evidence, certificate",
         _complete,
     ),
     SetRule(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -89,7 +90,7 @@ class Certificate:
         common_name: CN of the subject, "" if it has none.
         subject: DER of the subject.
         issuer: DER of the issuer.
-        serial: serial number, hex.
+        serial: serial number, hex, in whole octets without zeros before them.
         not_before: Unix time in seconds from which it is valid.
         not_after: Unix time in seconds until which it is valid, inclusive.
         authority: basic constraints say CA.
@@ -229,7 +230,7 @@ def _describe(der: bytes, parsed: x509.Certificate) -> Certificate:
         common_name=common_name,
         subject=parsed.subject.public_bytes(),
         issuer=parsed.issuer.public_bytes(),
-        serial=f"{parsed.serial_number:x}",
+        serial=parsed.serial_number.to_bytes(20, "big").lstrip(b"\0").hex(),
         not_before=int(parsed.not_valid_before_utc.timestamp()),
         not_after=int(parsed.not_valid_after_utc.timestamp()),
         authority=authority,
@@ -323,7 +324,7 @@ def check_root(chain: Sequence[Certificate], roots: Sequence[str], what: str) ->
 
 def check_revocation(chain: Sequence[Certificate], lists: Sequence[bytes], what: str) -> None:
     """Raises CertificateRevoked: an issuer's list, current or old, names a certificate."""
-    for subject, issuer in zip(chain, chain[1:], strict=False):
+    for subject, issuer in pairwise(chain):
         for listing in _lists_of(issuer, lists):
             number = int(subject.serial, 16)
             if listing.get_revoked_certificate_by_serial_number(number) is not None:
@@ -336,12 +337,9 @@ def unlisted(
     chain: Sequence[Certificate], lists: Sequence[bytes], now: int, what: str
 ) -> RevocationUnknown | None:
     """The first certificate that has a revocation list of which no current one is at hand."""
-    for subject, issuer in zip(chain, chain[1:], strict=False):
+    for subject, issuer in pairwise(chain):
         if subject.has_list and not any(
-            listing.next_update_utc is not None
-            and int(listing.last_update_utc.timestamp()) <= now
-            and now <= int(listing.next_update_utc.timestamp())
-            for listing in _lists_of(issuer, lists)
+            _current(listing, now) for listing in _lists_of(issuer, lists)
         ):
             return RevocationUnknown(
                 what,
@@ -352,9 +350,12 @@ def unlisted(
     return None
 
 
-def _lists_of(
-    issuer: Certificate, lists: Sequence[bytes]
-) -> list[x509.CertificateRevocationList]:
+def _current(listing: x509.CertificateRevocationList, now: int) -> bool:
+    end = listing.next_update_utc
+    return end is not None and listing.last_update_utc.timestamp() <= now <= end.timestamp()
+
+
+def _lists_of(issuer: Certificate, lists: Sequence[bytes]) -> list[x509.CertificateRevocationList]:
     return [parsed for data in lists if (parsed := _list_of(issuer.der, data)) is not None]
 
 

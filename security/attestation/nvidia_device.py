@@ -257,9 +257,7 @@ def _root(subject: Subject) -> None:
 
 
 def _revocation(subject: Subject) -> None:
-    check_revocation(
-        subject.device.chain, subject.question.collateral.crls, _chain_name(subject)
-    )
+    check_revocation(subject.device.chain, subject.question.collateral.crls, _chain_name(subject))
 
 
 def _kind(subject: Subject) -> None:
@@ -373,10 +371,10 @@ def _opaque_known(subject: Subject) -> None:
         size = len(opaque.get(field, b""))
         if size % PDI_BYTES or size > most * PDI_BYTES:
             refuse(field, f"at most {most} times {PDI_BYTES} bytes")
-    if device.kind == SWITCH and OpaqueField.LOCK_SWITCH_STATUS in opaque:
+    lock = opaque.get(OpaqueField.LOCK_SWITCH_STATUS) if device.kind == SWITCH else None
+    if lock is not None and int.from_bytes(lock, "little") != 1:
         # A switch that is not locked can still be reconfigured from outside.
-        if int.from_bytes(opaque[OpaqueField.LOCK_SWITCH_STATUS], "little") != 1:
-            refuse(OpaqueField.LOCK_SWITCH_STATUS, "1 (locked)")
+        refuse(OpaqueField.LOCK_SWITCH_STATUS, "1 (locked)")
     if OpaqueField.FEATURE_FLAG in opaque:
         mode = int.from_bytes(opaque[OpaqueField.FEATURE_FLAG], "little")
         if mode > MODE_PROTECTED_PCIE or (mode == MODE_PROTECTED_PCIE) != device.protected_pcie:
@@ -433,9 +431,7 @@ SOUNDNESS_RULES: tuple[DeviceRule, ...] = (
         "RFC 5280, 4.2.1.3 Key Usage and 4.2.1.9 Basic Constraints",
         _authority,
     ),
-    DeviceRule(
-        "nvidia.chain.dates", "RFC 5280, 6.1.3 Basic Certificate Processing (a)(2)", _dates
-    ),
+    DeviceRule("nvidia.chain.dates", "RFC 5280, 6.1.3 Basic Certificate Processing (a)(2)", _dates),
     DeviceRule("nvidia.chain.root", f"{_SDK}, DEVICE_ROOT_CERT: NVIDIA Device Identity CA", _root),
     DeviceRule(
         "nvidia.chain.revoked",
@@ -478,9 +474,7 @@ SOUNDNESS_RULES: tuple[DeviceRule, ...] = (
 """Asked of every device, whatever the policy."""
 
 POLICY_RULES: tuple[DeviceRule, ...] = (
-    DeviceRule(
-        "nvidia.report.fwid_present", f"{_SDK}, OPAQUE_FIELD_ID_FWID", _firmware_id_present
-    ),
+    DeviceRule("nvidia.report.fwid_present", f"{_SDK}, OPAQUE_FIELD_ID_FWID", _firmware_id_present),
     DeviceRule(
         "nvidia.chain.revocation",
         "RFC 5280, 6.3 CRL Validation; crl.ndis.nvidia.com l1-root, l2-gh100, l2-gb100",

@@ -21,10 +21,9 @@ from types import MappingProxyType
 
 from cryptography.exceptions import InvalidSignature
 from lxml import etree
-from signxml import XMLVerifier
 from signxml.algorithms import DigestAlgorithm, SignatureMethod
 from signxml.exceptions import SignXMLException
-from signxml.verifier import SignatureConfiguration
+from signxml.verifier import SignatureConfiguration, XMLVerifier
 
 from security.attestation.errors import (
     RimMalformed,
@@ -293,9 +292,7 @@ def _signer(signature: etree._Element, what: str) -> tuple[Certificate, ...]:
     if not certificates:
         raise RimSignatureRefused(what, "the signer's certificates", "none")
     if len(certificates) > _CHAIN[1]:
-        raise RimSignatureRefused(
-            what, f"at most {_CHAIN[1]} certificates", str(len(certificates))
-        )
+        raise RimSignatureRefused(what, f"at most {_CHAIN[1]} certificates", str(len(certificates)))
     try:
         return tuple(load_certificate(_octets(item, what)) for item in certificates)
     except EvidenceMalformed as error:

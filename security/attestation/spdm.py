@@ -177,9 +177,7 @@ def read_report(data: bytes, what: str) -> Report:
 
 def _expect(reader: OctetReader, name: str, expected: int, found: int) -> None:
     if found != expected:
-        raise SpdmUnsupported(
-            f"{reader.what}.{name}: expected {expected:#04x}, found {found:#04x}"
-        )
+        raise SpdmUnsupported(f"{reader.what}.{name}: expected {expected:#04x}, found {found:#04x}")
 
 
 def _read_request(reader: OctetReader) -> GetMeasurements:
