@@ -9,6 +9,7 @@ from __future__ import annotations
 from security.errors import AppraisalError, EvidenceMalformed
 
 __all__ = [
+    "CertificateMalformed",
     "EventLogMalformed",
     "EventLogMissing",
     "EventLogNotReplayed",
@@ -45,6 +46,36 @@ __all__ = [
     "SecondOpinionRefused",
     "SeptVeNotDisabled",
     "ServiceTdBound",
+    "SnpAuthorKeyInconsistent",
+    "SnpBindingTooLong",
+    "SnpCertificateExpired",
+    "SnpCertificateNotYetValid",
+    "SnpCertificateProfile",
+    "SnpCertificateRevoked",
+    "SnpCertificateTableMalformed",
+    "SnpChainSignatureInvalid",
+    "SnpChipMismatch",
+    "SnpDebugAllowed",
+    "SnpEndorsementMalformed",
+    "SnpEndorsementMissing",
+    "SnpHostRequested",
+    "SnpIssuerMissing",
+    "SnpMigrationAgentAllowed",
+    "SnpPolicyNotEnforced",
+    "SnpProductMismatch",
+    "SnpProductUnknown",
+    "SnpReportMalformed",
+    "SnpReportSignatureInvalid",
+    "SnpReportUnsigned",
+    "SnpReservedNotZero",
+    "SnpRevocationUnknown",
+    "SnpRootNotTrusted",
+    "SnpSignatureAlgorithmUnknown",
+    "SnpSigningKeyUnknown",
+    "SnpTcbMismatch",
+    "SnpTcbOrder",
+    "SnpTcbTooLow",
+    "SnpVersionUnknown",
     "TcbInfoExpired",
     "TcbInfoFromFuture",
     "TcbInfoMismatch",
@@ -128,7 +159,193 @@ class RevokedIdentity(Refusal):
     code = "revoked_identity"
 
 
+class CertificateMalformed(EvidenceMalformed):
+    """A certificate or revocation list is not what X.509 and DER allow."""
+
+    code = "certificate_malformed"
+
+
 # -- SEV-SNP ----------------------------------------------------------------------------------
+
+
+class SnpReportMalformed(EvidenceMalformed):
+    """An attestation report is longer or shorter than 1184 bytes, or there is none."""
+
+    code = "snp_report_malformed"
+
+
+class SnpVersionUnknown(EvidenceMalformed):
+    """An attestation report is of a version that this program does not know."""
+
+    code = "snp_version_unknown"
+
+
+class SnpReservedNotZero(EvidenceMalformed):
+    """Bits or bytes that AMD reserves are not zero."""
+
+    code = "snp_reserved_not_zero"
+
+
+class SnpSigningKeyUnknown(EvidenceMalformed):
+    """SIGNING_KEY has a value that AMD reserves."""
+
+    code = "snp_signing_key_unknown"
+
+
+class SnpProductUnknown(EvidenceMalformed):
+    """CPUID names a product line that this program does not know."""
+
+    code = "snp_product_unknown"
+
+
+class SnpCertificateTableMalformed(EvidenceMalformed):
+    """The certificate table of the extended guest request points outside itself, or has no end."""
+
+    code = "snp_certificate_table_malformed"
+
+
+class SnpEndorsementMissing(Refusal):
+    """No VCEK or VLEK certificate of the kind that the report names was found."""
+
+    code = "snp_endorsement_missing"
+
+
+class SnpEndorsementMalformed(Refusal):
+    """A VCEK or VLEK certificate lacks AMD's extensions or has others than AMD defines."""
+
+    code = "snp_endorsement_malformed"
+
+
+class SnpIssuerMissing(Refusal):
+    """No ASK, ASVK or ARK certificate was found that issued the one below it."""
+
+    code = "snp_issuer_missing"
+
+
+class SnpRootNotTrusted(Refusal):
+    """The chain ends at a root that is not AMD's, nor one that the policy names."""
+
+    code = "snp_root_not_trusted"
+
+
+class SnpChainSignatureInvalid(Refusal):
+    """A certificate of the chain is not signed by the one above it."""
+
+    code = "snp_chain_signature_invalid"
+
+
+class SnpCertificateProfile(Refusal):
+    """A certificate's names, key, algorithm or extensions are not what AMD specifies."""
+
+    code = "snp_certificate_profile"
+
+
+class SnpCertificateExpired(Refusal):
+    """A certificate of the chain is no longer valid."""
+
+    code = "snp_certificate_expired"
+
+
+class SnpCertificateNotYetValid(Refusal):
+    """A certificate of the chain is not valid yet."""
+
+    code = "snp_certificate_not_yet_valid"
+
+
+class SnpCertificateRevoked(Refusal):
+    """AMD's revocation list names a certificate of the chain."""
+
+    code = "snp_certificate_revoked"
+
+
+class SnpRevocationUnknown(Refusal):
+    """There is no revocation list of the root that is valid now."""
+
+    code = "snp_revocation_unknown"
+
+
+class SnpSignatureAlgorithmUnknown(Refusal):
+    """SIGNATURE_ALGO is not ECDSA P-384 with SHA-384."""
+
+    code = "snp_signature_algorithm_unknown"
+
+
+class SnpReportUnsigned(Refusal):
+    """The firmware was told not to sign (MASK_CHIP_KEY)."""
+
+    code = "snp_report_unsigned"
+
+
+class SnpReportSignatureInvalid(Refusal):
+    """The report's signature does not verify under the VCEK or VLEK."""
+
+    code = "snp_report_signature_invalid"
+
+
+class SnpHostRequested(Refusal):
+    """The host asked for the report, not the guest; or VMPL is none that there is."""
+
+    code = "snp_host_requested"
+
+
+class SnpProductMismatch(Refusal):
+    """Report and certificates name different product lines."""
+
+    code = "snp_product_mismatch"
+
+
+class SnpTcbMismatch(Refusal):
+    """The certificate is for another TCB version than the report's."""
+
+    code = "snp_tcb_mismatch"
+
+
+class SnpTcbOrder(Refusal):
+    """TCB or firmware versions stand in an order that firmware does not allow."""
+
+    code = "snp_tcb_order"
+
+
+class SnpTcbTooLow(Refusal):
+    """A part of the TCB is older than the policy's least version."""
+
+    code = "snp_tcb_too_low"
+
+
+class SnpChipMismatch(Refusal):
+    """The certificate is for another chip than the report's."""
+
+    code = "snp_chip_mismatch"
+
+
+class SnpDebugAllowed(Refusal):
+    """The guest's policy lets the host read and write its memory."""
+
+    code = "snp_debug_allowed"
+
+
+class SnpMigrationAgentAllowed(Refusal):
+    """The guest's policy allows a migration agent, or one is bound."""
+
+    code = "snp_migration_agent_allowed"
+
+
+class SnpPolicyNotEnforced(Refusal):
+    """The platform is not set up as the guest's policy demands."""
+
+    code = "snp_policy_not_enforced"
+
+
+class SnpAuthorKeyInconsistent(Refusal):
+    """AUTHOR_KEY_DIGEST and AUTHOR_KEY_EN contradict each other."""
+
+    code = "snp_author_key_inconsistent"
+
+
+class SnpBindingTooLong(Refusal):
+    """What the report must be over does not fit REPORT_DATA."""
+
+    code = "snp_binding_too_long"
 
 
 # -- TDX --------------------------------------------------------------------------------------

@@ -21,7 +21,16 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID, NameOID
 
-from security.attestation.der import DerReader
+from security.attestation.der import (
+    ENUMERATED,
+    INTEGER,
+    OCTET_STRING,
+    OID,
+    SEQUENCE,
+    DerReader,
+    integer_of,
+    oid_of,
+)
 from security.errors import EvidenceMalformed
 
 __all__ = [
@@ -302,6 +311,7 @@ def _crl_signed_by(crl_der: bytes, issuer_der: bytes) -> bool:
 # -- SGX extension --------------------------------------------------------------------------------
 
 _SGX = "1.2.840.113741.1.13.1"
+_MAX_ENTRIES = 64
 _COMPONENTS = tuple(f"{_SGX}.2.{i}" for i in range(1, 17))
 
 
@@ -321,27 +331,29 @@ def read_pck_extension(certificate: Certificate) -> PckExtension:
     value = extension.value
     if not isinstance(value, x509.UnrecognizedExtension):
         raise EvidenceMalformed("PCK certificate: expected an opaque SGX extension")
-    fields = _pairs(DerReader(value.value, "SGX extension").only_sequence())
-    tcb = _pairs(_field(fields, f"{_SGX}.2").sequence())
+    outer = DerReader(value.value, "SGX extension")
+    fields = _pairs(outer.within(SEQUENCE, "entries"))
+    outer.finish()
+    tcb = _pairs(_field(fields, f"{_SGX}.2").within(SEQUENCE, "TCB"))
     return PckExtension(
-        ppid=_field(fields, f"{_SGX}.1").octets(16),
-        components=tuple(_field(tcb, oid).unsigned(255) for oid in _COMPONENTS),
-        pcesvn=_field(tcb, f"{_SGX}.2.17").unsigned(65535),
-        cpusvn=_field(tcb, f"{_SGX}.2.18").octets(16),
-        pceid=_field(fields, f"{_SGX}.3").octets(2),
-        fmspc=_field(fields, f"{_SGX}.4").octets(6),
-        sgx_type=_field(fields, f"{_SGX}.5").enumerated(2),
+        ppid=_octets(fields, f"{_SGX}.1", 16),
+        components=tuple(_number(tcb, oid, INTEGER, 255) for oid in _COMPONENTS),
+        pcesvn=_number(tcb, f"{_SGX}.2.17", INTEGER, 65535),
+        cpusvn=_octets(tcb, f"{_SGX}.2.18", 16),
+        pceid=_octets(fields, f"{_SGX}.3", 2),
+        fmspc=_octets(fields, f"{_SGX}.4", 6),
+        sgx_type=_number(fields, f"{_SGX}.5", ENUMERATED, 2),
     )
 
 
 def _pairs(reader: DerReader) -> dict[str, DerReader]:
-    """Entries of a sequence of (object identifier, value): the values' readers by identifier."""
+    """Entries of a sequence of (object identifier, value): readers before the values."""
     found: dict[str, DerReader] = {}
-    while reader.left:
-        if len(found) == 64:
-            raise EvidenceMalformed("SGX extension: expected at most 64 entries")
-        entry = reader.sequence()
-        oid = entry.identifier()
+    while not reader.ended:
+        if len(found) == _MAX_ENTRIES:
+            raise EvidenceMalformed(f"SGX extension: expected at most {_MAX_ENTRIES} entries")
+        entry = reader.within(SEQUENCE, "entry")
+        oid = oid_of(entry.take(OID, "identifier"), "SGX extension")
         if oid in found:
             raise EvidenceMalformed(f"SGX extension: expected {oid} once")
         found[oid] = entry
@@ -352,3 +364,23 @@ def _field(fields: dict[str, DerReader], oid: str) -> DerReader:
     if oid not in fields:
         raise EvidenceMalformed(f"SGX extension: expected {oid}, found none")
     return fields[oid]
+
+
+def _octets(fields: dict[str, DerReader], oid: str, size: int) -> bytes:
+    entry = _field(fields, oid)
+    value = entry.take(OCTET_STRING, oid)
+    entry.finish()
+    if len(value) != size:
+        raise EvidenceMalformed(
+            f"SGX extension: expected {size} bytes in {oid}, found {len(value)}"
+        )
+    return value
+
+
+def _number(fields: dict[str, DerReader], oid: str, tag: int, maximum: int) -> int:
+    entry = _field(fields, oid)
+    value = integer_of(entry.take(tag, oid), oid)
+    entry.finish()
+    if not 0 <= value <= maximum:
+        raise EvidenceMalformed(f"SGX extension: expected 0 to {maximum} in {oid}, found {value}")
+    return value

@@ -1,4 +1,4 @@
-"""Where real evidence lies, which is not part of the repository."""
+"""Where the shared evidence lies. It is not part of the repository: tests skip without it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).resolve().parents[2]
-
-EVIDENCE = Path(os.environ.get("BULKHEAD_EVIDENCE", _ROOT.parent / "shared" / "evidence"))
+EVIDENCE = Path(
+    os.environ.get("BULKHEAD_EVIDENCE")
+    or Path(__file__).resolve().parents[2].parent / "shared" / "evidence"
+)
 
 needs_evidence = pytest.mark.skipif(
     not EVIDENCE.is_dir(),
-    reason=f"no real evidence at {EVIDENCE}; set BULKHEAD_EVIDENCE to where it lies",
+    reason=f"no evidence samples in {EVIDENCE}; set BULKHEAD_EVIDENCE to where they lie",
 )

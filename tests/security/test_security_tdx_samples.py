@@ -73,7 +73,11 @@ def pinned(sample: str, **changes: Any) -> Expectations:
     """A policy that pins what the sample is."""
     fields = stated(sample)["fields"]
     pins = {name: (fields[name],) for name in PINS["tdx"] if name in fields and name != "fmspc"}
-    pins |= {"fmspc": (fields["fmspc"].lower(),), "tcb_status": ("UpToDate",)}
+    pins |= {
+        "mrsignerseam": ("00" * 48,),
+        "fmspc": (fields["fmspc"].lower(),),
+        "tcb_status": ("UpToDate",),
+    }
     arguments: dict[str, Any] = {"open": ("event_log", "pck_serial")}
     arguments |= changes
     arguments["pins"] = pins | changes.pop("pins", {})
@@ -205,7 +209,7 @@ def test_event_log_replays() -> None:
     for name in ("tdx.signature", "tdx.qe_binding", "tdx.qe_signature", "tdx.pck_chain"):
         assert checks[name] is None
     log = bytearray(parts("v4-gcp-cos-eventlog")["event_log"])
-    log[400] ^= 1
+    log[200] ^= 1
     found = verify("v4-gcp-cos-eventlog", "2025-06-20", event_log=bytes(log))
     assert {"event_log_not_replayed", "event_log_malformed"} & set(codes(found))
 
