@@ -7,6 +7,7 @@ of it is parsed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -14,7 +15,6 @@ from placement.plan import RoleTemplate, Trust
 from placement.policy import Policy
 from placement.verify import Claims, RegionSource
 from security.attestation import enrolled, simulated
-from security.attestation.azure_vtpm import verify_azure_vtpm
 from security.attestation.collateral import Collateral
 from security.attestation.enrolled import Enrolments, appraise_enrolled
 from security.attestation.errors import DeviceEvidenceMissing
@@ -49,7 +49,7 @@ class Verifier(Protocol):
 
 
 MACHINE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
-    {"sev-snp": verify_sev_snp, "tdx": verify_tdx, "azure-vtpm": verify_azure_vtpm}
+    {"sev-snp": verify_sev_snp, "tdx": verify_tdx}
 )
 """By kind of machine evidence."""
 
@@ -148,7 +148,7 @@ def _machine_claims(
     verdict = MACHINE_VERIFIERS[evidence.kind](
         decode_parts(evidence.body),
         collateral,
-        Expectations.of(policy, evidence.kind),
+        _always_fresh(Expectations.of(policy, evidence.kind)),
         now,
         bound_to,
     )
@@ -165,6 +165,17 @@ def _machine_claims(
         hardened=False,
         simulated=False,
     )
+
+
+def _always_fresh(expected: Expectations) -> Expectations:
+    """The same with freshness closed: nobody is admitted on evidence for another challenge.
+
+    `bulkhead attest check` can leave it open, to look at recorded evidence; here the challenge
+    carries the shard's key, and a policy that opened it would admit anybody with a recording.
+    """
+    requirements = expected.requirements
+    kept = tuple(name for name in requirements.open if name != "freshness")
+    return replace(expected, requirements=replace(requirements, open=kept))
 
 
 def _appraise_devices(
@@ -190,6 +201,6 @@ def _appraise_devices(
     parts = decode_parts(device_evidence)
     for kind in demanded:
         DEVICE_VERIFIERS[kind](
-            parts, collateral, Expectations.of(policy, kind), now, device_nonce
+            parts, collateral, _always_fresh(Expectations.of(policy, kind)), now, device_nonce
         ).require()
     return demanded

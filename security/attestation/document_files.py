@@ -17,7 +17,7 @@ from pathlib import Path
 from security.attestation.collateral import Collateral
 from security.errors import FileUnusable
 
-__all__ = ["DocumentDirectory", "certificates_in", "read_file", "read_collateral"]
+__all__ = ["DocumentDirectory", "certificates_in", "read_collateral", "read_file"]
 
 MAX_FILES = 512
 MAX_FILE_BYTES = 4 << 20

@@ -20,18 +20,26 @@ __all__ = [
     "DeviceEvidenceMissing",
     "DeviceRepeated",
     "DeviceRequestRefused",
+    "EventLogMalformed",
+    "EventLogMissing",
+    "EventLogNotReplayed",
     "FirmwareIdMismatch",
     "FirmwareIdMissing",
+    "FmspcMismatch",
     "FreshnessUnproven",
     "GpuArchitectureUnsupported",
     "GpuConfidentialComputingOff",
     "GpuDevtoolsMode",
     "GpuReportInvalid",
     "GpuSetIncomplete",
+    "HclReportMalformed",
+    "IntelCrlExpired",
+    "IntelCrlSignatureInvalid",
     "MeasurementNotPinned",
     "MeasurementRefused",
     "NonceMismatch",
     "NoncesDiffer",
+    "NotATdQuote",
     "NrasAlgorithmRefused",
     "NrasClaimRefused",
     "NrasDigestMismatch",
@@ -45,8 +53,24 @@ __all__ = [
     "NvmlUnavailable",
     "OpaqueDataMissing",
     "OpaqueDataRefused",
+    "PckCaRevoked",
+    "PckChainExpired",
+    "PckChainInvalid",
+    "PckRevoked",
+    "PckRootUnknown",
+    "PcrDigestMismatch",
+    "PcrSelectionRefused",
     "PinMissing",
     "PinRefused",
+    "QeBindingInvalid",
+    "QeIdentityExpired",
+    "QeIdentityFromFuture",
+    "QeIdentityMismatch",
+    "QeIdentitySignatureInvalid",
+    "QeSignatureInvalid",
+    "QuoteAlgorithmRefused",
+    "QuoteSignatureInvalid",
+    "QuoteVersionUnsupported",
     "ReferenceMismatch",
     "ReferenceMissing",
     "ReferencesConflict",
@@ -60,6 +84,11 @@ __all__ = [
     "RimSignatureInvalid",
     "RimSignatureRefused",
     "RootNotPinned",
+    "RuntimeDataMismatch",
+    "SeamAttributesNotZero",
+    "SecondOpinionRefused",
+    "SeptVeNotDisabled",
+    "ServiceTdBound",
     "SnpAuthorKeyInconsistent",
     "SnpBindingTooLong",
     "SnpCertificateExpired",
@@ -91,7 +120,29 @@ __all__ = [
     "SnpTcbTooLow",
     "SnpVersionUnknown",
     "SpdmUnsupported",
+    "TcbInfoExpired",
+    "TcbInfoFromFuture",
+    "TcbInfoMismatch",
+    "TcbInfoSignatureInvalid",
+    "TcbLevelUnmatched",
+    "TcbRevoked",
+    "TdAttributesReserved",
+    "TdDebug",
+    "TdMigratable",
+    "TdQuoteMissing",
+    "TdReportMismatch",
+    "TdxCollateralChainInvalid",
+    "TdxCollateralMalformed",
+    "TdxCollateralMissing",
+    "TdxCollateralSignerRevoked",
+    "TdxModuleMismatch",
+    "TeeTcbSvnLowered",
     "TopologyMismatch",
+    "TpmAlgorithmRefused",
+    "TpmQuoteMalformed",
+    "TpmSignatureInvalid",
+    "TrailingBytesRefused",
+    "VtpmKeyUnusable",
 ]
 
 
@@ -345,7 +396,313 @@ class SnpBindingTooLong(Refusal):
 # -- TDX --------------------------------------------------------------------------------------
 
 
+class NotATdQuote(EvidenceMalformed):
+    """The quote is of another kind of TEE than a trust domain: an SGX enclave."""
+
+    code = "not_a_td_quote"
+
+
+class QuoteVersionUnsupported(EvidenceMalformed):
+    """The quote has a version or a body type that this version does not know."""
+
+    code = "quote_version_unsupported"
+
+
+class QuoteAlgorithmRefused(EvidenceMalformed):
+    """The quote has another attestation key type, vendor or kind of certification data."""
+
+    code = "quote_algorithm_refused"
+
+
+class TrailingBytesRefused(Refusal):
+    """Something other than zero padding follows the signed part of a quote."""
+
+    code = "quote_trailing_bytes"
+
+
+class QuoteSignatureInvalid(Refusal):
+    """The quote is not signed by its attestation key."""
+
+    code = "quote_signature_invalid"
+
+
+class QeBindingInvalid(Refusal):
+    """The quoting enclave's report does not vouch for the attestation key."""
+
+    code = "qe_binding_invalid"
+
+
+class QeSignatureInvalid(Refusal):
+    """The quoting enclave's report is not signed by the PCK certificate's key."""
+
+    code = "qe_signature_invalid"
+
+
+class PckChainInvalid(Refusal):
+    """The PCK certificate chain does not hold together."""
+
+    code = "pck_chain_invalid"
+
+
+class PckChainExpired(Refusal):
+    """A certificate of the PCK chain is not valid at this time."""
+
+    code = "pck_chain_expired"
+
+
+class PckRootUnknown(Refusal):
+    """The PCK chain ends in another root than Intel's, or than the policy's."""
+
+    code = "pck_root_unknown"
+
+
+class PckRevoked(Refusal):
+    """Intel revoked the PCK certificate."""
+
+    code = "pck_revoked"
+
+
+class PckCaRevoked(Refusal):
+    """Intel revoked the certificate of the CA that issued the PCK certificate."""
+
+    code = "pck_ca_revoked"
+
+
+class TdxCollateralMissing(Refusal):
+    """There is no TDX collateral at all: nothing says what the platform's TCB is worth."""
+
+    code = "tdx_collateral_missing"
+
+
+class TdxCollateralMalformed(Refusal):
+    """A document of TDX collateral does not parse."""
+
+    code = "tdx_collateral_malformed"
+
+
+class FmspcMismatch(Refusal):
+    """The TDX collateral at hand is of other platforms than the quote's."""
+
+    code = "fmspc_mismatch"
+
+
+class TdxCollateralChainInvalid(Refusal):
+    """The chain under TCB info or QE identity does not hold, or is of another purpose."""
+
+    code = "tdx_collateral_chain_invalid"
+
+
+class TdxCollateralSignerRevoked(Refusal):
+    """Intel revoked the certificate that signs TCB info or QE identity."""
+
+    code = "tdx_collateral_signer_revoked"
+
+
+class TcbInfoSignatureInvalid(Refusal):
+    """TCB info is not signed by its issuer chain."""
+
+    code = "tcb_info_signature_invalid"
+
+
+class TcbInfoExpired(Refusal):
+    """TCB info is past its nextUpdate."""
+
+    code = "tcb_info_expired"
+
+
+class TcbInfoFromFuture(Refusal):
+    """TCB info was issued later than now."""
+
+    code = "tcb_info_from_future"
+
+
+class TcbInfoMismatch(Refusal):
+    """TCB info is for another kind of TEE, another version or another PCE."""
+
+    code = "tcb_info_mismatch"
+
+
+class QeIdentitySignatureInvalid(Refusal):
+    """QE identity is not signed by its issuer chain."""
+
+    code = "qe_identity_signature_invalid"
+
+
+class QeIdentityExpired(Refusal):
+    """QE identity is past its nextUpdate."""
+
+    code = "qe_identity_expired"
+
+
+class QeIdentityFromFuture(Refusal):
+    """QE identity was issued later than now."""
+
+    code = "qe_identity_from_future"
+
+
+class QeIdentityMismatch(Refusal):
+    """The quote was made by another enclave than Intel's TD quoting enclave."""
+
+    code = "qe_identity_mismatch"
+
+
+class IntelCrlSignatureInvalid(Refusal):
+    """A certificate revocation list is not signed by the CA that it speaks for."""
+
+    code = "intel_crl_signature_invalid"
+
+
+class IntelCrlExpired(Refusal):
+    """A certificate revocation list is past its nextUpdate."""
+
+    code = "intel_crl_expired"
+
+
+class TcbLevelUnmatched(Refusal):
+    """The platform's security version numbers reach no TCB level of the TCB info."""
+
+    code = "tcb_level_unmatched"
+
+
+class TdxModuleMismatch(Refusal):
+    """The TDX module is none that the TCB info names."""
+
+    code = "tdx_module_mismatch"
+
+
+class TcbRevoked(Refusal):
+    """The platform's TCB, its TDX module or its quoting enclave is revoked."""
+
+    code = "tcb_revoked"
+
+
+class SecondOpinionRefused(Refusal):
+    """The independent verifier (dcap-qvl) refuses what this one accepts."""
+
+    code = "dcap_qvl_refused"
+
+
+class TdDebug(Refusal):
+    """The trust domain can be debugged from outside."""
+
+    code = "td_debug"
+
+
+class TdAttributesReserved(Refusal):
+    """TDATTRIBUTES has bits set that are reserved, or unknown to this version."""
+
+    code = "td_attributes_reserved"
+
+
+class TdMigratable(Refusal):
+    """The trust domain can be migrated to other machines."""
+
+    code = "td_migratable"
+
+
+class SeptVeNotDisabled(Refusal):
+    """The host may cause #VE exceptions by taking pages away (SEPT_VE_DISABLE is off)."""
+
+    code = "sept_ve_not_disabled"
+
+
+class SeamAttributesNotZero(Refusal):
+    """The TDX module is not a production module."""
+
+    code = "seam_attributes_not_zero"
+
+
+class ServiceTdBound(Refusal):
+    """A service TD that the policy does not pin is bound to the trust domain."""
+
+    code = "service_td_bound"
+
+
+class TeeTcbSvnLowered(Refusal):
+    """The TDX module that runs now is older than the one that the domain was started with."""
+
+    code = "tee_tcb_svn_lowered"
+
+
+class EventLogMissing(Refusal):
+    """No event log came with the quote, and the policy does not open that."""
+
+    code = "event_log_missing"
+
+
+class EventLogMalformed(Refusal):
+    """The event log does not parse."""
+
+    code = "event_log_malformed"
+
+
+class EventLogNotReplayed(Refusal):
+    """Replaying the event log does not give the registers of the quote."""
+
+    code = "event_log_not_replayed"
+
+
 # -- Azure vTPM -------------------------------------------------------------------------------
+
+
+class HclReportMalformed(EvidenceMalformed):
+    """The HCL report's envelope or runtime data are not as Azure documents them."""
+
+    code = "hcl_report_malformed"
+
+
+class RuntimeDataMismatch(Refusal):
+    """The hardware report does not vouch for the runtime data with the vTPM's key."""
+
+    code = "runtime_data_mismatch"
+
+
+class VtpmKeyUnusable(Refusal):
+    """The runtime data names no single RSA attestation key of enough strength."""
+
+    code = "vtpm_key_unusable"
+
+
+class TpmQuoteMalformed(EvidenceMalformed):
+    """The TPM's attestation structure does not parse, or is no quote."""
+
+    code = "tpm_quote_malformed"
+
+
+class TpmSignatureInvalid(Refusal):
+    """The TPM quote is not signed by the vTPM's attestation key."""
+
+    code = "tpm_signature_invalid"
+
+
+class TpmAlgorithmRefused(Refusal):
+    """The TPM quote covers another PCR bank than SHA-256, or names an unknown algorithm."""
+
+    code = "tpm_algorithm_refused"
+
+
+class PcrSelectionRefused(Refusal):
+    """The TPM quote does not cover all 24 PCRs."""
+
+    code = "pcr_selection_refused"
+
+
+class PcrDigestMismatch(Refusal):
+    """The PCR values are not those that the TPM signed."""
+
+    code = "pcr_digest_mismatch"
+
+
+class TdQuoteMissing(Refusal):
+    """The hardware report is a TDREPORT, and no TD quote of it came along."""
+
+    code = "td_quote_missing"
+
+
+class TdReportMismatch(Refusal):
+    """The TD quote is of another trust domain than the TDREPORT in the HCL report."""
+
+    code = "td_report_mismatch"
 
 
 # -- NVIDIA -----------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ class TsmCollector:
         return Evidence(self.kind, encode_parts(self.collect_parts(report_data)))
 
     def collect_parts(self, report_data: bytes) -> dict[str, bytes]:
-        """The same, not joined: "report" and "certificates", or "quote" and "event_log"."""
+        """The same, not joined: "report" and "certificates", or "quote" and the event log."""
         if len(report_data) != REPORT_DATA_BYTES:
             raise ValueError(
                 f"report data: expected {REPORT_DATA_BYTES} bytes, found {len(report_data)}"
@@ -240,18 +240,21 @@ class TsmCollector:
     def _parts(self, report: bytes, auxiliary: bytes) -> dict[str, bytes]:
         if self.kind == "sev-snp":
             return {"report": report, **({"certificates": auxiliary} if auxiliary else {})}
-        event_log = self._event_log()
-        return {"quote": report, **({"event_log": event_log} if event_log else {})}
+        parts = {"quote": report}
+        for name, path in (("event_log", "data/CCEL"), ("event_table", "CCEL")):
+            content = self._table(self.acpi_tables / path)
+            if content:
+                parts[name] = content
+        return parts
 
-    def _event_log(self) -> bytes:
-        """The firmware's and kernel's event log; b"" where the machine has none."""
-        path = self.acpi_tables / "data" / "CCEL"
+    def _table(self, path: Path) -> bytes:
+        """An ACPI table, or the log of firmware and kernel; b"" where there is none."""
         try:
             return KernelFiles().read(path, MAX_EVENT_LOG_BYTES)
         except FileNotFoundError:
             return b""
         except OSError as error:
-            raise TsmFailed(f"{path}: expected a readable event log, found {error}") from None
+            raise TsmFailed(f"{path}: expected a readable table, found {error}") from None
 
     def _set_privilege_level(self, instance: Path) -> int:
         """Asks for the privilege level; returns how many writes that took."""

@@ -67,9 +67,14 @@ def test_tdx_with_event_log(tmp_path: Path) -> None:
     kernel = TsmKernel(lambda data, level: (b"quote", b""), provider="tdx_guest", floor=None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "CCEL").write_bytes(b"events")
+    (tmp_path / "CCEL").write_bytes(b"table")
     collector = in_memory(kernel, acpi_tables=tmp_path)
     assert collector.kind == "tdx"
-    assert collector.collect_parts(DATA) == {"quote": b"quote", "event_log": b"events"}
+    assert collector.collect_parts(DATA) == {
+        "quote": b"quote",
+        "event_log": b"events",
+        "event_table": b"table",
+    }
     without = in_memory(kernel, acpi_tables=no_log(tmp_path))
     assert set(without.collect_parts(DATA)) == {"quote"}
 
