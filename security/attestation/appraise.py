@@ -15,6 +15,7 @@ from placement.plan import RoleTemplate, Trust
 from placement.policy import Policy
 from placement.verify import Claims, RegionSource
 from security.attestation import enrolled, simulated
+from security.attestation.azure_vtpm import verify_azure_vtpm
 from security.attestation.collateral import Collateral
 from security.attestation.enrolled import Enrolments, appraise_enrolled
 from security.attestation.errors import DeviceEvidenceMissing
@@ -22,7 +23,6 @@ from security.attestation.evidence import (
     MAX_EVIDENCE_BYTES,
     Evidence,
     decode_parts,
-    vtpm_nonce,
 )
 from security.attestation.nvidia import verify_nvidia
 from security.attestation.sev_snp import verify_sev_snp
@@ -49,7 +49,7 @@ class Verifier(Protocol):
 
 
 MACHINE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
-    {"sev-snp": verify_sev_snp, "tdx": verify_tdx}
+    {"sev-snp": verify_sev_snp, "tdx": verify_tdx, "azure-vtpm": verify_azure_vtpm}
 )
 """By kind of machine evidence."""
 
@@ -109,23 +109,27 @@ def appraise(
                 f"evidence: expected at most {MAX_EVIDENCE_BYTES} bytes, found {len(body)}"
             )
     known = collateral or Collateral()
-    claims = _machine_claims(evidence, report_data, policy, enrolments, now, known)
-    devices = _appraise_devices(role, policy, now, known, device_evidence, device_nonce)
-    return Claims(
-        kind=claims.kind,
-        trust=claims.trust,
-        node=claims.node,
-        product=claims.product,
-        measurement=claims.measurement,
-        region=claims.region,
-        region_source=claims.region_source,
-        hardened=claims.hardened,
-        simulated=claims.simulated,
-        devices=devices,
+    claims = _machine_claims(
+        evidence=evidence,
+        report_data=report_data,
+        policy=policy,
+        enrolments=enrolments,
+        now=now,
+        collateral=known,
     )
+    devices = _appraise_devices(
+        role=role,
+        policy=policy,
+        now=now,
+        collateral=known,
+        device_evidence=device_evidence,
+        device_nonce=device_nonce,
+    )
+    return replace(claims, devices=devices)
 
 
 def _machine_claims(
+    *,
     evidence: Evidence,
     report_data: bytes,
     policy: Policy,
@@ -143,14 +147,12 @@ def _machine_claims(
             f"evidence: expected a kind that this version verifies ({', '.join(known)}), found "
             f"{evidence.kind[:64]!r}"
         )
-    # A TPM's quote does not hold 64 bytes everywhere.
-    bound_to = vtpm_nonce(report_data) if evidence.kind == "azure-vtpm" else report_data
     verdict = MACHINE_VERIFIERS[evidence.kind](
         decode_parts(evidence.body),
         collateral,
         _always_fresh(Expectations.of(policy, evidence.kind)),
         now,
-        bound_to,
+        report_data,
     )
     verdict.require()
     return Claims(
@@ -179,6 +181,7 @@ def _always_fresh(expected: Expectations) -> Expectations:
 
 
 def _appraise_devices(
+    *,
     role: RoleTemplate,
     policy: Policy,
     now: int,

@@ -10,10 +10,12 @@ from security.attestation import nvml, tsm
 from security.attestation.enrolled import KIND as ENROLLED
 from security.attestation.enrolled import EnrolledCollector
 from security.attestation.evidence import Evidence, encode_parts
-from security.attestation.nvidia import KIND as NVIDIA
 from security.attestation.simulated import KIND as SIMULATED
 from security.attestation.simulated import SimulatedCollector
 from security.errors import NoCollector, TsmProviderUnknown, TsmUnavailable
+
+
+NVIDIA = "nvidia"
 
 
 class Collector(Protocol):

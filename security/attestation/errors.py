@@ -975,6 +975,12 @@ class GpuReportInvalid(NoCollector):
 # -- several kinds together -------------------------------------------------------------------
 
 
+class MachineEvidenceMissing(Refusal):
+    """The policy demands evidence of a machine and there is none."""
+
+    code = "machine_evidence_missing"
+
+
 class DeviceEvidenceMissing(Refusal):
     """The policy demands evidence of devices and there is none."""
 

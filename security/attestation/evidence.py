@@ -22,7 +22,7 @@ MAX_EVIDENCE_BYTES = 1 << 20
 REPORT_DATA_BYTES = 64
 _DOMAIN = b"bulkhead/v1/report-data"
 _GPU_NONCE_DOMAIN = b"bulkhead/v1/gpu-nonce"
-_VTPM_DOMAIN = b"bulkhead/v1/vtpm-nonce"
+_COMPOSITE_DOMAIN = b"bulkhead/v1/composite-report-data"
 _MAGIC = b"BHEV1"
 _MAX_PARTS = 64
 _PART_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -45,13 +45,21 @@ def evidence_digest(device_evidence: bytes) -> str:
     return hashlib.sha256(device_evidence).hexdigest() if device_evidence else ""
 
 
-def vtpm_nonce(report_data: bytes) -> bytes:
-    """What a TPM's quote (extraData) must hold for report data: 48 bytes.
+def composite_report_data(nonce: bytes, device_evidence: bytes) -> bytes:
+    """The 64 bytes that bind a machine's evidence to its devices' where no shard is involved.
 
-    Not the 64 bytes themselves: a TPM without SHA-512 takes at most 50 (TPM2B_DATA is as long as
-    the longest digest with its algorithm, TPM 2.0 Library part 2, 10.4.3).
+    `bulkhead attest collect` and `attest check` use them; between shard and broker it is `Binding`.
+    The devices themselves answer `gpu_nonce(nonce)`.
+
+    Args:
+        nonce: the verifier's, of any length.
+        device_evidence: the devices' parts, as `encode_parts` joins them.
     """
-    return hashlib.sha384(length_prefixed([_VTPM_DOMAIN, report_data])).digest()
+    return hashlib.sha512(
+        length_prefixed(
+            [_COMPOSITE_DOMAIN, nonce, evidence_digest(device_evidence).encode("ascii")]
+        )
+    ).digest()
 
 
 def encode_parts(parts: Mapping[str, bytes]) -> bytes:
