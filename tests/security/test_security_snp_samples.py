@@ -274,22 +274,13 @@ def test_the_list_of_milan_is_current_in_its_year() -> None:
 # -- mutations --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("offset", "what"),
-    [
-        (0x90, "measurement"),
-        (0x50, "report_data"),
-        (0x08, "policy"),
-        (0x1A0, "chip_id"),
-        (0x30, ""),
-    ],
-)
-def test_a_flipped_bit_breaks_the_signature(offset: int, what: str) -> None:
+# Offsets of MEASUREMENT, REPORT_DATA, POLICY, CHIP_ID, VMPL and GUEST_SVN.
+@pytest.mark.parametrize("offset", [0x90, 0x50, 0x08, 0x1A0, 0x30, 0x04])
+def test_a_flipped_bit_breaks_the_signature(offset: int) -> None:
     report = bytearray(octets("milan-azure-2023/report.bin"))
     report[offset] ^= 1
     verdict = judged(bytes(report), octets("milan-azure-2023/vcek.der"), now=at("2025-01-01"))
     assert "snp_report_signature_invalid" in codes(verdict)
-    del what
 
 
 def test_clearing_debug_breaks_the_signature() -> None:
