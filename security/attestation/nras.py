@@ -46,7 +46,22 @@ from security.attestation.errors import (
 from security.attestation.verdict import Expectations, Verdict, judge
 from security.errors import EvidenceMalformed
 
-__all__ = ["ISSUER", "KIND", "TOKEN_RULES", "Asked", "Token", "TokenRule", "verify_nras"]
+__all__ = [
+    "CHAIN_CLAIMS",
+    "COUNT_RULES",
+    "DEVICE_RULES",
+    "ISSUER",
+    "KIND",
+    "OVERALL_RULES",
+    "PIN_RULES",
+    "SUBJECT",
+    "TOKEN_RULES",
+    "TRUE_CLAIMS",
+    "Asked",
+    "Token",
+    "TokenRule",
+    "verify_nras",
+]
 
 KIND = "nras"
 ISSUER = "https://nras.attestation.nvidia.com"
@@ -65,7 +80,7 @@ _JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _COORDINATE = re.compile(r"[A-Za-z0-9_-]{64}")
 _HEADER = frozenset({"alg", "kid", "typ"})
 
-_TRUE: Mapping[str, tuple[str, ...]] = {
+TRUE_CLAIMS: Mapping[str, tuple[str, ...]] = {
     "GPU": (
         "secboot",
         "x-nvidia-gpu-arch-check",
@@ -99,7 +114,7 @@ _TRUE: Mapping[str, tuple[str, ...]] = {
         "x-nvidia-switch-bios-rim-measurements-available",
     ),
 }
-_CHAINS: Mapping[str, tuple[str, ...]] = {
+CHAIN_CLAIMS: Mapping[str, tuple[str, ...]] = {
     "GPU": (
         "x-nvidia-gpu-attestation-report-cert-chain",
         "x-nvidia-gpu-driver-rim-cert-chain",
@@ -480,7 +495,7 @@ def _count(pin: str, device: str) -> TokenRule:
 
 
 def _results(subject: Asked) -> None:
-    for name in _TRUE[subject.token.device]:
+    for name in TRUE_CLAIMS[subject.token.device]:
         _claim(subject, name, True)
 
 
@@ -493,7 +508,7 @@ def _debug(subject: Asked) -> None:
 
 
 def _chains(subject: Asked) -> None:
-    for name in _CHAINS[subject.token.device]:
+    for name in CHAIN_CLAIMS[subject.token.device]:
         found = subject.token.claims.get(name)
         chain = found if isinstance(found, dict) else {}
         for field, wanted in (
