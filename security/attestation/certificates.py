@@ -216,7 +216,7 @@ class RevocationList:
     fingerprint: str = field(default="")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2048)
 def read_certificate(der: bytes) -> Certificate:
     """Reads one certificate in DER.
 

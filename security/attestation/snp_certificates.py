@@ -1,4 +1,4 @@
-"""VCEK and VLEK certificates and the chains above them: ASK or ASVK, then AMD's root, the ARK.
+"""Chains above VCEK and VLEK certificates: ASK or ASVK, then AMD's root, the ARK; and revocation.
 
 Candidates come from the machine itself and from the operator's collateral, in any number and order,
 with certificates of other products and vendors among them. None of them is trusted: a chain counts
@@ -6,22 +6,19 @@ only where its root's fingerprint is pinned and every signature below it verifie
 possible chains the one with fewest faults is judged, so that a decoy cannot hide the real one.
 
 Source: AMD 57230, Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface
-Specification; AMD 56421, Guest-Hypervisor Communication Block Standardization, MSG_REPORT_REQ.
+Specification.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from security.attestation.certificates import (
@@ -37,39 +34,33 @@ from security.attestation.certificates import (
     read_certificate,
     read_revocation_list,
 )
-from security.attestation.der import (
-    IA5_STRING,
-    INTEGER,
-    OCTET_STRING,
-    DerReader,
-    integer_of,
-    text_of,
-)
 from security.attestation.errors import (
     CertificateMalformed,
     SnpCertificateExpired,
     SnpCertificateNotYetValid,
     SnpCertificateProfile,
-    SnpCertificateTableMalformed,
     SnpChainSignatureInvalid,
     SnpEndorsementMalformed,
     SnpIssuerMissing,
     SnpRootNotTrusted,
 )
-from security.attestation.octets import OctetReader
-from security.attestation.snp_report import AttestationReport, Product, SigningKey, TcbVersion
+from security.attestation.snp_endorsement import (
+    LEAF_NAMES,
+    Endorsement,
+    is_p384_key,
+    read_endorsement,
+    signing_key_of,
+    signs_report,
+)
+from security.attestation.snp_report import AttestationReport, Product, SigningKey
 
 __all__ = [
     "AMD_ROOTS",
     "Chain",
-    "Endorsement",
     "Revocation",
     "build_chain",
     "choose_chain",
-    "parse_certificate_table",
     "read_candidates",
-    "read_endorsement",
-    "signs_report",
 ]
 
 AMD_ROOTS: Mapping[Product, str] = MappingProxyType(
@@ -81,44 +72,8 @@ AMD_ROOTS: Mapping[Product, str] = MappingProxyType(
 )
 """AMD's root certificates (ARK) by product: SHA-256 of the DER certificate."""
 
-MAX_TABLE_BYTES = 256 << 10
-MAX_TABLE_ENTRIES = 64
-MAX_TRIED = 16
+MAX_TRIED = 8
 """Most certificates of one role that are tried for one report."""
-
-HWID_BYTES: Mapping[Product, int] = MappingProxyType(
-    {Product.MILAN: 64, Product.GENOA: 64, Product.TURIN: 8}
-)
-CHIP_ID_BYTES = 64
-
-_TABLE_ENTRY_BYTES = 24
-_TABLE_ROLES = {
-    uuid.UUID("63da758d-e664-4564-adc5-f4b93be8accd").bytes: "VCEK",
-    uuid.UUID("a8074bc2-a25a-483e-aae6-39c045a0b8a1").bytes: "VLEK",
-    uuid.UUID("4ab7b379-bbac-4fe4-a02f-05aef327c782").bytes: "ASK",
-    uuid.UUID("c0b406a4-a803-4952-9743-3fb6014cd0ae").bytes: "ARK",
-}
-
-_EXTENSIONS = "1.3.6.1.4.1.3704.1."
-_STRUCT_VERSION = _EXTENSIONS + "1"
-_PRODUCT_NAME = _EXTENSIONS + "2"
-_SPL = _EXTENSIONS + "3."
-_HWID = _EXTENSIONS + "4"
-_CSP_ID = _EXTENSIONS + "5"
-_MAX_CSP_ID = 256
-_PRODUCT_NAMES = re.compile(r"(Milan|Genoa|Turin)(?:-[A-Z][0-9])?")
-
-# SPL numbers below 1.3.6.1.4.1.3704.1.3: what they are, and which the product leaves unused.
-_SPL_PARTS: Mapping[Product, Mapping[int, str]] = MappingProxyType(
-    {
-        Product.MILAN: {1: "bootloader", 2: "tee", 3: "snp", 8: "microcode"},
-        Product.GENOA: {1: "bootloader", 2: "tee", 3: "snp", 8: "microcode"},
-        Product.TURIN: {9: "fmc", 1: "bootloader", 2: "tee", 3: "snp", 8: "microcode"},
-    }
-)
-_SPL_UNUSED: Mapping[Product, tuple[int, ...]] = MappingProxyType(
-    {Product.MILAN: (4, 5, 6, 7), Product.GENOA: (4, 5, 6, 7), Product.TURIN: (5, 6, 7)}
-)
 
 # AlgorithmIdentifiers in DER (RFC 4055, 5480). AMD writes the default trailer field in some
 # certificates and leaves it out in others; the meaning is the same.
@@ -131,8 +86,10 @@ _PSS_SHA384_TRAILER = bytes.fromhex(
     "0108300d06096086480165030402020500a203020130a303020101"
 )
 _PSS_ALGORITHMS = (_PSS_SHA384, _PSS_SHA384_TRAILER)
-_P384_KEY = bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200")
-_RSA4096_KEY = bytes.fromhex("30820222300d06092a864886f70d01010105000382020f00")
+# SubjectPublicKeyInfo of an RSA key with 4096 bits and exponent 65537: around the modulus.
+_RSA4096_HEAD = bytes.fromhex("30820222300d06092a864886f70d01010105000382020f003082020a0282020100")
+_RSA4096_TAIL = bytes.fromhex("0203010001")
+_RSA4096_BYTES = 550
 _SALT_BYTES = 48
 
 _AMD_NAME = (
@@ -142,37 +99,8 @@ _AMD_NAME = (
     ("2.5.4.8", "CA"),
     ("2.5.4.10", "Advanced Micro Devices"),
 )
-_LEAF_NAMES = {SigningKey.VCEK: "SEV-VCEK", SigningKey.VLEK: "SEV-VLEK"}
 _ISSUER_NAMES = {SigningKey.VCEK: "SEV-", SigningKey.VLEK: "SEV-VLEK-"}
 _ISSUER_ROLES = {SigningKey.VCEK: "ASK", SigningKey.VLEK: "ASVK"}
-
-
-@dataclass(frozen=True, slots=True)
-class Endorsement:
-    """A VCEK or VLEK certificate and what AMD's extensions say in it.
-
-    Attributes:
-        certificate: the certificate.
-        signing_key: whether it is for a VCEK or a VLEK.
-        product_name: as written, e.g. "Milan-B0".
-        product: the product line in it.
-        tcb: the TCB version that the key is derived from.
-        hwid: which chip (VCEK: 64 bytes, on Turin 8); b"" in a VLEK.
-        csp_id: which cloud provider (VLEK); "" in a VCEK.
-    """
-
-    certificate: Certificate
-    signing_key: SigningKey
-    product_name: str
-    product: Product
-    tcb: TcbVersion
-    hwid: bytes
-    csp_id: str
-
-    @property
-    def chip_id(self) -> bytes:
-        """The CHIP_ID (64 bytes) that goes with the hwid; b"" in a VLEK."""
-        return self.hwid.ljust(CHIP_ID_BYTES, bytes(1)) if self.hwid else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,22 +179,22 @@ class Chain:
         endorsement = self.endorsement
         key, product = endorsement.signing_key, endorsement.product
         leaf = endorsement.certificate
-        _require_name(leaf.subject, key.name, _LEAF_NAMES[key])
+        _require_name(leaf.subject, key.name, LEAF_NAMES[key])
         _require_name(leaf.issuer, f"{key.name} issuer", _ISSUER_NAMES[key] + product.value)
-        _require_key(leaf, key.name, _P384_KEY, "P-384")
+        _require_key(leaf, key.name, is_p384_key, "P-384")
         _require_extensions(leaf, key.name, None, frozenset())
         ark = f"ARK-{product.value}"
         if self.issuer is not None:
             role = _ISSUER_ROLES[key]
             _require_name(self.issuer.issuer, f"{role} issuer", ark)
-            _require_key(self.issuer, role, _RSA4096_KEY, "RSA-4096")
+            _require_key(self.issuer, role, _is_rsa4096_key, "RSA-4096")
             _require_extensions(
                 self.issuer, role, BasicConstraints(True, 0), frozenset({KEY_CERT_SIGN})
             )
         if self.root is not None:
             _require_name(self.root.subject, "ARK", ark)
             _require_name(self.root.issuer, "ARK issuer", ark)
-            _require_key(self.root, "ARK", _RSA4096_KEY, "RSA-4096")
+            _require_key(self.root, "ARK", _is_rsa4096_key, "RSA-4096")
             _require_extensions(
                 self.root, "ARK", BasicConstraints(True, None), frozenset({KEY_CERT_SIGN, CRL_SIGN})
             )
@@ -347,50 +275,6 @@ class Revocation:
         return cls(revoked, valid[-1] if valid else None, own[-1] if own else None)
 
 
-def parse_certificate_table(data: bytes) -> tuple[tuple[str, bytes], ...]:
-    """Reads the certificate table of the extended guest request: `auxblob` of configfs-tsm.
-
-    Layout: entries of 24 bytes, each a GUID (in the order of its text, RFC 4122), offset and length
-    (u32 little-endian, from the table's start), ended by an entry of zeros; then the certificates.
-
-    Returns:
-        ("VCEK" | "VLEK" | "ASK" | "ARK" | the GUID where it is none of them, DER); an ASVK has the
-        ASK's GUID. Empty for an empty table.
-
-    Raises:
-        SnpCertificateTableMalformed
-    """
-    if not data:
-        return ()
-    if len(data) > MAX_TABLE_BYTES:
-        raise SnpCertificateTableMalformed(
-            f"cert_table: expected at most {MAX_TABLE_BYTES} bytes, found {len(data)}"
-        )
-    reader = OctetReader(data, "cert_table")
-    entries: list[tuple[bytes, int, int]] = []
-    while True:
-        if reader.left < _TABLE_ENTRY_BYTES or len(entries) > MAX_TABLE_ENTRIES:
-            raise SnpCertificateTableMalformed(
-                f"cert_table: expected an entry of zeros after at most {MAX_TABLE_ENTRIES}, found "
-                "none"
-            )
-        guid = reader.take(16, "guid")
-        offset, length = reader.little(4, "offset"), reader.little(4, "length")
-        if not any(guid) and not offset and not length:
-            break
-        entries.append((guid, offset, length))
-    found: list[tuple[str, bytes]] = []
-    for guid, offset, length in entries:
-        if offset < reader.position or offset + length > len(data) or not length:
-            raise SnpCertificateTableMalformed(
-                f"cert_table: expected a certificate between {reader.position} and {len(data)}, "
-                f"found {length} bytes at {offset}"
-            )
-        role = _TABLE_ROLES.get(guid) or str(uuid.UUID(bytes=guid))
-        found.append((role, data[offset : offset + length]))
-    return tuple(found)
-
-
 def read_candidates(items: Iterable[bytes]) -> tuple[tuple[Certificate, ...], int]:
     """Reads the certificates that can be read, each once.
 
@@ -421,35 +305,6 @@ def read_revocation_lists(items: Iterable[bytes]) -> tuple[tuple[RevocationList,
         else:
             found.setdefault(item.fingerprint, item)
     return tuple(found.values()), others
-
-
-def signing_key_of(certificate: Certificate) -> SigningKey | None:
-    """Whether a certificate calls itself a VCEK's or a VLEK's."""
-    name = certificate.subject.common_name
-    for key, expected in _LEAF_NAMES.items():
-        if name == expected:
-            return key
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def read_endorsement(certificate: Certificate) -> Endorsement:
-    """Reads AMD's extensions of a VCEK or VLEK certificate.
-
-    Raises:
-        SnpEndorsementMalformed
-    """
-    key = signing_key_of(certificate)
-    if key is None:
-        raise SnpEndorsementMalformed(
-            "certificate", "subject SEV-VCEK or SEV-VLEK", repr(certificate.subject.common_name)
-        )
-    try:
-        return _read_endorsement(certificate, key)
-    except CertificateMalformed as error:
-        raise SnpEndorsementMalformed(
-            f"{key.name} certificate", "AMD's extensions", str(error)
-        ) from None
 
 
 def build_chain(
@@ -522,22 +377,6 @@ def choose_chain(
     return best or unreadable
 
 
-def signs_report(endorsement: Endorsement, report: AttestationReport) -> bool:
-    """Whether a report's signature verifies under an endorsement's key (ECDSA P-384, SHA-384)."""
-    spki = endorsement.certificate.public_key
-    if not spki.startswith(_P384_KEY) or not (report.signature_r and report.signature_s):
-        return False
-    try:
-        key = load_der_public_key(spki)
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            return False
-        signature = encode_dss_signature(report.signature_r, report.signature_s)
-        key.verify(signature, report.signed, ec.ECDSA(hashes.SHA384()))
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
-        return False
-    return True
-
-
 def issued(certificate: Certificate, by: Certificate) -> bool:
     """Whether one certificate signed another: RSASSA-PSS, SHA-384, 48 bytes of salt."""
     return certificate.signature_algorithm in _PSS_ALGORITHMS and _verifies(
@@ -548,7 +387,7 @@ def issued(certificate: Certificate, by: Certificate) -> bool:
 # Says only whether a signature verifies, which never changes; dates are checked each time.
 @functools.lru_cache(maxsize=512)
 def _verifies(signed: bytes, signature: bytes, spki: bytes) -> bool:
-    if not spki.startswith(_RSA4096_KEY):
+    if not _is_rsa4096_key(spki):
         return False
     try:
         key = load_der_public_key(spki)
@@ -559,6 +398,14 @@ def _verifies(signed: bytes, signature: bytes, spki: bytes) -> bool:
     except (InvalidSignature, UnsupportedAlgorithm, ValueError):
         return False
     return True
+
+
+def _is_rsa4096_key(spki: bytes) -> bool:
+    return (
+        len(spki) == _RSA4096_BYTES
+        and spki.startswith(_RSA4096_HEAD)
+        and spki.endswith(_RSA4096_TAIL)
+    )
 
 
 def _named(name: Name, pool: Iterable[Certificate], below: Certificate) -> list[Certificate]:
@@ -599,75 +446,6 @@ def _unlike(endorsement: Endorsement, report: AttestationReport) -> int:
     )
 
 
-def _read_endorsement(certificate: Certificate, key: SigningKey) -> Endorsement:
-    amd = {
-        item.oid: item.value for item in certificate.extensions if item.oid.startswith(_EXTENSIONS)
-    }
-    struct_version = _integer(amd, _STRUCT_VERSION, "structVersion")
-    if struct_version > 1:
-        raise CertificateMalformed(f"structVersion: expected 0 or 1, found {struct_version}")
-    product_name = _text(amd, _PRODUCT_NAME, "productName", 32)
-    match = _PRODUCT_NAMES.fullmatch(product_name)
-    if match is None:
-        raise CertificateMalformed(
-            f"productName: expected Milan, Genoa or Turin, found {product_name!r}"
-        )
-    product = Product(match[1])
-    parts = {
-        part: _integer(amd, f"{_SPL}{number}", part) for number, part in _SPL_PARTS[product].items()
-    }
-    for number in _SPL_UNUSED[product]:
-        if _integer(amd, f"{_SPL}{number}", f"spl_{number}"):
-            raise CertificateMalformed(f"spl_{number}: expected 0, found another")
-    hwid, csp_id = b"", ""
-    if key is SigningKey.VCEK:
-        hwid = _hwid(amd, HWID_BYTES[product])
-        if not any(hwid):
-            raise CertificateMalformed("hwID: expected a chip, found zero")
-    else:
-        csp_id = _text(amd, _CSP_ID, "csp_id", _MAX_CSP_ID)
-    if amd:
-        raise CertificateMalformed(f"extensions: expected those of a {key.name}, found {min(amd)}")
-    tcb = TcbVersion(
-        parts.get("fmc"), parts["bootloader"], parts["tee"], parts["snp"], parts["microcode"]
-    )
-    return Endorsement(certificate, key, product_name, product, tcb, hwid, csp_id)
-
-
-def _hwid(extensions: dict[str, bytes], size: int) -> bytes:
-    # The extension holds the bytes themselves; newer certificates wrap them in an OCTET STRING.
-    octets = extensions.get(_HWID, b"")
-    if len(octets) == size:
-        return extensions.pop(_HWID)
-    hwid = _take(extensions, _HWID, "hwID", OCTET_STRING)
-    if len(hwid) != size:
-        raise CertificateMalformed(f"hwID: expected {size} bytes, found {len(hwid)}")
-    return hwid
-
-
-def _take(extensions: dict[str, bytes], oid: str, name: str, tag: int) -> bytes:
-    if oid not in extensions:
-        raise CertificateMalformed(f"{name}: expected extension {oid}, found none")
-    reader = DerReader(extensions.pop(oid), name)
-    content = reader.take(tag, "value")
-    reader.finish()
-    return content
-
-
-def _integer(extensions: dict[str, bytes], oid: str, name: str) -> int:
-    value = integer_of(_take(extensions, oid, name, INTEGER), name)
-    if not 0 <= value <= 255:
-        raise CertificateMalformed(f"{name}: expected 0 to 255, found another")
-    return value
-
-
-def _text(extensions: dict[str, bytes], oid: str, name: str, most: int) -> str:
-    text = text_of(IA5_STRING, _take(extensions, oid, name, IA5_STRING), name)
-    if not 1 <= len(text) <= most or not text.isprintable():
-        raise CertificateMalformed(f"{name}: expected 1 to {most} printable characters")
-    return text
-
-
 def _require_name(name: Name, role: str, common_name: str) -> None:
     expected = sorted((*_AMD_NAME, (COMMON_NAME, common_name)))
     if sorted(name.parts) != expected:
@@ -676,8 +454,10 @@ def _require_name(name: Name, role: str, common_name: str) -> None:
         )
 
 
-def _require_key(certificate: Certificate, role: str, prefix: bytes, kind: str) -> None:
-    if not certificate.public_key.startswith(prefix):
+def _require_key(
+    certificate: Certificate, role: str, fits: Callable[[bytes], bool], kind: str
+) -> None:
+    if not fits(certificate.public_key):
         raise SnpCertificateProfile(
             f"{role} key", kind, f"SubjectPublicKeyInfo {certificate.public_key[:24].hex()}"
         )

@@ -1,13 +1,7 @@
 """The rules that a SEV-SNP attestation report is judged by.
 
 Soundness holds for every report, whatever a policy says: who signed, under which chain, for which
-chip and firmware, and that the host may not read the guest. Pins are asked where there is a policy.
-
-What names the machine: under a VCEK the chip, by the certificate's hwID even where the host masks
-CHIP_ID, because a VCEK is derived from the chip's own secret. Under a VLEK the key belongs to a
-cloud provider and is the same on many machines; CHIP_ID names the chip where the host does not mask
-it. Where it does, nothing tells one machine of the provider from another: `csp_id` pins the
-provider, and a policy must leave `chip_id` open by name to take that.
+chip and firmware, and that the host may not read the guest. What a policy asks is in `snp_pins`.
 """
 
 from __future__ import annotations
@@ -17,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from security.attestation.errors import (
-    PinMissing,
-    PinRefused,
     SnpAuthorKeyInconsistent,
     SnpCertificateRevoked,
     SnpChipMismatch,
@@ -26,7 +18,6 @@ from security.attestation.errors import (
     SnpEndorsementMalformed,
     SnpEndorsementMissing,
     SnpHostRequested,
-    SnpMigrationAgentAllowed,
     SnpPolicyNotEnforced,
     SnpProductMismatch,
     SnpReportSignatureInvalid,
@@ -35,15 +26,13 @@ from security.attestation.errors import (
     SnpSignatureAlgorithmUnknown,
     SnpTcbMismatch,
     SnpTcbOrder,
-    SnpTcbTooLow,
 )
 from security.attestation.snp_certificates import (
     AMD_ROOTS,
     Chain,
-    Endorsement,
     Revocation,
-    signs_report,
 )
+from security.attestation.snp_endorsement import Endorsement, signs_report
 from security.attestation.snp_report import (
     ECDSA_P384_SHA384,
     HOST_VMPL,
@@ -57,7 +46,6 @@ from security.attestation.verdict import Expectations
 __all__ = [
     "CHAIN_RULES",
     "ENDORSEMENT_RULES",
-    "PIN_RULES",
     "REPORT_RULES",
     "Appraisal",
     "ChainRule",
@@ -65,9 +53,9 @@ __all__ = [
     "roots_for",
 ]
 
-_REPORT = "AMD 56860, section 7.3, ATTESTATION_REPORT structure, "
-_POLICY = "AMD 56860, section 4.3, Guest Policy structure, "
-_KDS = "AMD 57230, "
+REPORT_SOURCE = "AMD 56860, section 7.3, ATTESTATION_REPORT structure, "
+POLICY_SOURCE = "AMD 56860, section 4.3, Guest Policy structure, "
+KDS_SOURCE = "AMD 57230, "
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,186 +349,61 @@ def _revocation_current(
         )
 
 
-# -- the policy -------------------------------------------------------------------------------
-
-
-def _migration_agent(subject: Appraisal) -> None:
-    expected, report = subject.expected, subject.report
-    if expected is None or expected.requirements.opens("migration_agent"):
-        return
-    if report.policy.migrate_ma:
-        raise SnpMigrationAgentAllowed("POLICY.MIGRATE_MA", "0", "1")
-    if report.report_id_ma not in (b"\xff" * 32, bytes(32)):
-        raise SnpMigrationAgentAllowed(
-            "REPORT_ID_MA", "none", f"agent {report.report_id_ma[:8].hex()}..."
-        )
-
-
-def _least(subject: Appraisal, name: str, octets: bytes) -> None:
-    expected, product = subject.expected, subject.product
-    if expected is None or expected.requirements.opens("minimum_tcb"):
-        return
-    if product is None:
-        raise SnpTcbTooLow(name, "a version of a known product", octets.hex())
-    version = TcbVersion.of(octets, product)
-    least = expected.requirements.minimum_tcb.get(product.value)
-    if least is None:
-        raise PinMissing(
-            "minimum_tcb",
-            f"requirements.{expected.kind}.minimum_tcb.{product.value}, or minimum_tcb under open",
-            f"neither; {name} is {version}",
-        )
-    found = version.parts()
-    low = [part for part, number in least.items() if found.get(part, -1) < number]
-    if low:
-        wanted = ", ".join(f"{part} {least[part]}" for part in low)
-        raise SnpTcbTooLow(name, f"at least {wanted}", str(version))
-
-
-def _least_reported(subject: Appraisal) -> None:
-    _least(subject, "REPORTED_TCB", subject.report.reported_tcb)
-
-
-def _least_launch(subject: Appraisal) -> None:
-    _least(subject, "LAUNCH_TCB", subject.report.launch_tcb)
-
-
-def _not_revoked(subject: Appraisal) -> None:
-    expected, endorsement = subject.expected, subject.endorsement
-    if expected is None:
-        return
-    if subject.identity:
-        expected.refuse_revoked("CHIP_ID", subject.identity)
-    if not subject.report.chip_id_masked:
-        expected.refuse_revoked("CHIP_ID", subject.report.chip_id.hex())
-    if subject.chain is None or endorsement is None:
-        return
-    if endorsement.hwid:
-        expected.refuse_revoked("hwID", endorsement.hwid.hex())
-    for role, certificate in subject.chain.certificates:
-        expected.refuse_revoked(f"{role} certificate, SHA-256", certificate.fingerprint)
-
-
-def _measurement(subject: Appraisal) -> None:
-    if subject.expected is not None:
-        subject.expected.require_measurement("MEASUREMENT", subject.report.measurement.hex())
-
-
-def _pin(name: str, found: Callable[[Appraisal], str]) -> Callable[[Appraisal], None]:
-    def holds(subject: Appraisal) -> None:
-        if subject.expected is not None:
-            subject.expected.require_pin(name, found(subject))
-
-    return holds
-
-
-def _csp_id(subject: Appraisal) -> None:
-    expected, endorsement = subject.expected, subject.endorsement
-    if expected is None or endorsement is None:
-        return
-    if endorsement.signing_key is SigningKey.VLEK:
-        expected.require_pin("csp_id", endorsement.csp_id)
-    elif "csp_id" in expected.requirements.pins and expected.requirements.opens("chip_id"):
-        raise PinRefused(
-            "csp_id",
-            "a VLEK's provider, or a pinned chip_id",
-            "a VCEK, which names no provider, and chip_id left open",
-        )
-
-
 REPORT_RULES: tuple[SnpRule, ...] = (
-    SnpRule("snp.report.signature_algo", _REPORT + "SIGNATURE_ALGO", _signature_algorithm),
-    SnpRule("snp.report.signed", _REPORT + "SIGNING_KEY and MASK_CHIP_KEY", _signed),
-    SnpRule("snp.report.requester", _REPORT + "VMPL", _requester),
-    SnpRule("snp.policy.debug", _POLICY + "DEBUG (bit 19)", _debug),
+    SnpRule("snp.report.signature_algo", REPORT_SOURCE + "SIGNATURE_ALGO", _signature_algorithm),
+    SnpRule("snp.report.signed", REPORT_SOURCE + "SIGNING_KEY and MASK_CHIP_KEY", _signed),
+    SnpRule("snp.report.requester", REPORT_SOURCE + "VMPL", _requester),
+    SnpRule("snp.policy.debug", POLICY_SOURCE + "DEBUG (bit 19)", _debug),
     SnpRule(
         "snp.policy.platform",
-        _POLICY + "SMT, RAPL_DIS, CIPHERTEXT_HIDING_DRAM (bits 16, 23, 24), and PLATFORM_INFO",
+        POLICY_SOURCE
+        + "SMT, RAPL_DIS, CIPHERTEXT_HIDING_DRAM (bits 16, 23, 24), and PLATFORM_INFO",
         _platform,
     ),
-    SnpRule("snp.policy.abi", _POLICY + "ABI_MAJOR and ABI_MINOR (bits 15:0)", _abi),
-    SnpRule("snp.report.author_key", _REPORT + "AUTHOR_KEY_EN and AUTHOR_KEY_DIGEST", _author_key),
-    SnpRule("snp.tcb.order", _REPORT + "REPORTED_TCB, COMMITTED_TCB and CURRENT_TCB", _tcb_order),
-    SnpRule("snp.firmware.order", _REPORT + "CURRENT_MAJOR to COMMITTED_BUILD", _firmware_order),
+    SnpRule("snp.policy.abi", POLICY_SOURCE + "ABI_MAJOR and ABI_MINOR (bits 15:0)", _abi),
+    SnpRule(
+        "snp.report.author_key", REPORT_SOURCE + "AUTHOR_KEY_EN and AUTHOR_KEY_DIGEST", _author_key
+    ),
+    SnpRule(
+        "snp.tcb.order", REPORT_SOURCE + "REPORTED_TCB, COMMITTED_TCB and CURRENT_TCB", _tcb_order
+    ),
+    SnpRule(
+        "snp.firmware.order", REPORT_SOURCE + "CURRENT_MAJOR to COMMITTED_BUILD", _firmware_order
+    ),
 )
 """Asked of every report."""
 
 ENDORSEMENT_RULES: tuple[SnpRule, ...] = (
     SnpRule(
-        "snp.endorsement.certificate", _KDS + "VCEK and VLEK certificate extensions", _endorsed
+        "snp.endorsement.certificate",
+        KDS_SOURCE + "VCEK and VLEK certificate extensions",
+        _endorsed,
     ),
-    SnpRule("snp.report.signature", _REPORT + "SIGNATURE", _report_signature),
-    SnpRule("snp.endorsement.product", _KDS + "productName, and 56860, CPUID_FAM_ID", _product),
+    SnpRule("snp.report.signature", REPORT_SOURCE + "SIGNATURE", _report_signature),
     SnpRule(
-        "snp.endorsement.tcb", _KDS + "blSPL to ucodeSPL, and 56860, REPORTED_TCB", _tcb_certified
+        "snp.endorsement.product", KDS_SOURCE + "productName, and 56860, CPUID_FAM_ID", _product
     ),
-    SnpRule("snp.endorsement.chip", _KDS + "hwID, and 56860, CHIP_ID", _chip),
+    SnpRule(
+        "snp.endorsement.tcb",
+        KDS_SOURCE + "blSPL to ucodeSPL, and 56860, REPORTED_TCB",
+        _tcb_certified,
+    ),
+    SnpRule("snp.endorsement.chip", KDS_SOURCE + "hwID, and 56860, CHIP_ID", _chip),
 )
 """Asked of every report and the VCEK or VLEK that was found for it."""
 
 CHAIN_RULES: tuple[ChainRule, ...] = (
-    ChainRule("snp.chain.root", _KDS + "certificate chain, ARK", _root),
-    ChainRule("snp.chain.signatures", _KDS + "certificate chain, signatures", _signatures),
-    ChainRule("snp.chain.profile", _KDS + "certificate formats; RFC 5280, 4.2.1", _profile),
+    ChainRule("snp.chain.root", KDS_SOURCE + "certificate chain, ARK", _root),
+    ChainRule("snp.chain.signatures", KDS_SOURCE + "certificate chain, signatures", _signatures),
+    ChainRule("snp.chain.profile", KDS_SOURCE + "certificate formats; RFC 5280, 4.2.1", _profile),
     ChainRule("snp.chain.dates", "RFC 5280, 4.1.2.5, Validity", _dates),
-    ChainRule("snp.chain.revoked", _KDS + "CRL; RFC 5280, 5.1.2.6", _revoked),
+    ChainRule("snp.chain.revoked", KDS_SOURCE + "CRL; RFC 5280, 5.1.2.6", _revoked),
 )
 """Asked of every chain."""
 
 REVOCATION_RULE = ChainRule(
-    "snp.chain.revocation_list", _KDS + "CRL; RFC 5280, 5.1.2.4 and 5.1.2.5", _revocation_current
+    "snp.chain.revocation_list",
+    KDS_SOURCE + "CRL; RFC 5280, 5.1.2.4 and 5.1.2.5",
+    _revocation_current,
 )
 """Asked where a policy does not leave revocation open."""
-
-PIN_RULES: tuple[SnpRule, ...] = (
-    SnpRule("snp.measurement", _REPORT + "MEASUREMENT", _measurement),
-    SnpRule("snp.policy.migration_agent", _POLICY + "MIGRATE_MA (bit 18)", _migration_agent),
-    SnpRule("snp.tcb.minimum", _REPORT + "REPORTED_TCB", _least_reported),
-    SnpRule("snp.tcb.minimum_launch", _REPORT + "LAUNCH_TCB", _least_launch),
-    SnpRule("snp.revoked_identity", _REPORT + "CHIP_ID; 57230, hwID", _not_revoked),
-    SnpRule(
-        "snp.pin.product",
-        _REPORT + "CPUID_FAM_ID; 57230, productName",
-        _pin("product", lambda subject: subject.product.value if subject.product else ""),
-    ),
-    SnpRule(
-        "snp.pin.signing_key",
-        _REPORT + "SIGNING_KEY",
-        _pin("signing_key", lambda subject: subject.report.key_info.signing_key.name),
-    ),
-    SnpRule(
-        "snp.pin.vmpl", _REPORT + "VMPL", _pin("vmpl", lambda subject: str(subject.report.vmpl))
-    ),
-    SnpRule(
-        "snp.pin.host_data",
-        _REPORT + "HOST_DATA",
-        _pin("host_data", lambda subject: subject.report.host_data.hex()),
-    ),
-    SnpRule(
-        "snp.pin.id_key_digest",
-        _REPORT + "ID_KEY_DIGEST",
-        _pin("id_key_digest", lambda subject: subject.report.id_key_digest.hex()),
-    ),
-    SnpRule(
-        "snp.pin.author_key_digest",
-        _REPORT + "AUTHOR_KEY_DIGEST",
-        _pin("author_key_digest", lambda subject: subject.report.author_key_digest.hex()),
-    ),
-    SnpRule(
-        "snp.pin.family_id",
-        _REPORT + "FAMILY_ID",
-        _pin("family_id", lambda subject: subject.report.family_id.hex()),
-    ),
-    SnpRule(
-        "snp.pin.image_id",
-        _REPORT + "IMAGE_ID",
-        _pin("image_id", lambda subject: subject.report.image_id.hex()),
-    ),
-    SnpRule(
-        "snp.pin.chip_id",
-        _REPORT + "CHIP_ID; 57230, hwID",
-        _pin("chip_id", lambda subject: subject.identity),
-    ),
-    SnpRule("snp.pin.csp_id", _KDS + "csp_id", _csp_id),
-)
-"""Asked where there is a policy."""
