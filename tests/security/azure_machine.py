@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -126,8 +126,7 @@ class AzureMachine:
 
     def snp_machine(self) -> SnpMachine:
         """The SEV-SNP machine with the claims' digest."""
-        self.snp.report_data = self.report_data()
-        return self.snp
+        return replace(self.snp, report_data=self.report_data())
 
     def hcl_report(self) -> bytes:
         """The blob of the NV index."""
