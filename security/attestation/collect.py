@@ -14,7 +14,6 @@ from security.attestation.simulated import KIND as SIMULATED
 from security.attestation.simulated import SimulatedCollector
 from security.errors import NoCollector, TsmProviderUnknown, TsmUnavailable
 
-
 NVIDIA = "nvidia"
 
 

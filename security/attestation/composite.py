@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from placement.policy import MACHINE_EVIDENCE, Policy
@@ -140,9 +139,7 @@ def _judge_machine(
         return _refused(files.kind, files.malformed[files.kind])
     expected = None if policy is None else Expectations.of(policy, files.kind)
     try:
-        return MACHINE_VERIFIERS[files.kind](
-            files.parts, files.collateral, expected, now, bound_to
-        )
+        return MACHINE_VERIFIERS[files.kind](files.parts, files.collateral, expected, now, bound_to)
     except AppraisalError as error:
         return _refused(files.kind, error)
 
@@ -179,5 +176,3 @@ def _judge_endorsement(files: EvidenceFiles, now: int) -> Verdict:
 def _refused(kind: str, error: AppraisalError) -> Verdict:
     """A verdict on what does not even parse."""
     return Verdict(kind, "", "", "", checks=(Check(_PARSE, _PARSE_SOURCE, error),))
-
-

@@ -68,7 +68,9 @@ _DEVICE_PART = re.compile(r"((?:gpu|switch)\.(?:0|[1-9][0-9]?)\.(?:report|chain)
 _DEVICE_LISTS = ("gpu_evidence.json", "switch_evidence.json")
 _TOKENS = re.compile(r"(?:[0-9A-Za-z_-]+_)?detached_eat\.json")
 _RIM = re.compile(r"(?:driver|vbios)_rim[0-9A-Za-z._-]*\.xml")
-_COLLATERAL = re.compile(r"collateral\.json|jwks\.json|[0-9A-Za-z._-]+\.crl|crl[0-9A-Za-z._-]*\.der")
+_COLLATERAL = re.compile(
+    r"collateral\.json|jwks\.json|[0-9A-Za-z._-]+\.crl|crl[0-9A-Za-z._-]*\.der"
+)
 _SNP_REPORT_BYTES = 1184
 
 
