@@ -309,4 +309,8 @@ def parse_nonce(text: str) -> bytes:
     """
     if not re.fullmatch(r"(?:[0-9A-Fa-f]{2}){1,64}", text):
         raise ValueError(f"expected 2 to 128 hexadecimal digits, found {text[:40]!r}")
-    return bytes.fromhex(text)
+    nonce = bytes.fromhex(text)
+    if not any(nonce):
+        # Report data that nobody filled in would answer it.
+        raise ValueError("expected a nonce, found zeros only")
+    return nonce

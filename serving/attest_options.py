@@ -23,8 +23,8 @@ def add_attest(commands: Commands, add: AddCommand) -> None:
         help="judge, show and make evidence of machines and GPUs",
         description=textwrap.dedent(
             """\
-            Judges, shows and makes evidence of confidential machines: AMD SEV-SNP, Intel TDX, Azure's
-            vTPM, NVIDIA GPUs and switches. Nothing is fetched from anywhere."""
+            Judges, shows and makes evidence of confidential machines: AMD SEV-SNP, Intel TDX,
+            Azure's vTPM, NVIDIA GPUs and switches. Nothing is fetched from anywhere."""
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
