@@ -157,7 +157,8 @@ class Token:
     def time_claim(self, name: str) -> int | None:
         """A claim that is a time in seconds; None if it is anything else."""
         value = self.claims.get(name)
-        return value if isinstance(value, int) and 0 < value < _LATEST else None
+        # `type`, not `isinstance`: true is an int in Python, and no time.
+        return value if type(value) is int and 0 < value < _LATEST else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

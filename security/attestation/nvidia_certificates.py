@@ -165,7 +165,7 @@ def _split_der(data: bytes, what: str) -> list[bytes]:
     return items
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def load_certificate(der: bytes) -> Certificate:
     """Parses one certificate.
 
@@ -273,7 +273,7 @@ def check_issuers(chain: Sequence[Certificate], what: str) -> None:
             )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _issued(issuer_der: bytes, subject_der: bytes) -> bool:
     issuer, subject = load_certificate(issuer_der), load_certificate(subject_der)
     if subject.issuer != issuer.subject:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import jwt
+from jwt.api_jws import PyJWS
 from nvidia_machine import DRIVER, NONCE, NOW, VBIOS, PrivateKey, new_key, public_point
 
 from security.attestation.nras import CHAIN_CLAIMS, ISSUER, SUBJECT, TRUE_CLAIMS
@@ -70,8 +70,12 @@ class Issuer:
 
     def token(self, claims: Claims, **header: object) -> str:
         """A signed token."""
-        return jwt.encode(
-            dict(claims), self.key, algorithm="ES384", headers={"kid": self.kid, **header}
+        # Claims of any shape: `jwt.encode` would look at them.
+        return PyJWS().encode(
+            json.dumps(dict(claims)).encode(),
+            self.key,
+            algorithm="ES384",
+            headers={"kid": self.kid, **header},
         )
 
     def eat(
