@@ -570,6 +570,7 @@ def test_malformed_collateral_is_no_collateral(members: dict[str, str]) -> None:
     "change",
     [
         {"tcbStatus": "Splendid"},
+        {"tcbStatus": None},
         {"tcb": {"sgxtcbcomponents": [], "tdxtcbcomponents": [], "pcesvn": 1}},
         {"tcbDate": 5},
     ],
@@ -578,6 +579,11 @@ def test_unknown_levels_are_malformed(change: dict[str, Any]) -> None:
     info = machine.tcb_info()
     info["tcbLevels"][0] |= change
     verdict = verify(documents=(collateral(tcb_info=info),))
+    assert codes(verdict) == {"tdx_collateral_missing"}
+
+
+def test_unknown_tcb_type_is_malformed() -> None:
+    verdict = verify(documents=(collateral(tcb_info=machine.tcb_info(tcbType=1)),))
     assert codes(verdict) == {"tdx_collateral_missing"}
 
 
