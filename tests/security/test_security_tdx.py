@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -291,6 +292,24 @@ def test_pck_extension_must_be_complete(platform: bytes) -> None:
     pck = vendor().pck(extension=platform)
     with pytest.raises(EvidenceMalformed, match="SGX extension"):
         verify(quote(pck=pck))
+
+
+@pytest.mark.parametrize(
+    ("found", "instead"),
+    [
+        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x6a"),
+        (b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"),
+        (b"\x03\x42\x00\x04", b"\x03\x42\x00\x05"),
+    ],
+)
+def test_odd_certificates_are_refused(found: bytes, instead: bytes) -> None:
+    # A version that does not exist, an extension twice, a key that is no point.
+    changed = machine.default_pck().der.replace(found, instead)
+    assert changed != machine.default_pck().der
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed)
+    pem += b"-----END CERTIFICATE-----\n"
+    with pytest.raises(EvidenceMalformed):
+        verify(quote(chain=pem + vendor().pck_ca.pem + vendor().root.pem))
 
 
 def test_pck_without_extension() -> None:
