@@ -74,7 +74,7 @@ _FAULTS = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What `cryptography` raises on certificates that it does not understand; there is no base class."""
+"""What `cryptography` raises on certificates that it does not understand; it has no base class."""
 
 
 def p256_signature_holds(key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes) -> bool:
