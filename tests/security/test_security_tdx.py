@@ -156,7 +156,7 @@ def test_sept_ve_disable_may_be_opened() -> None:
 
 
 def test_known_attributes_hold() -> None:
-    for bit in (27, 30, 31, 63):
+    for bit in (16, 27, 30, 31, 63):
         verify(bound(tdattributes=machine.SEPT_VE_DISABLE | 1 << bit)).require()
 
 
@@ -401,7 +401,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
 
     sept = machine.SEPT_VE_DISABLE
     yield "debug", bound(tdattributes=sept | 1), {"td_debug"}
-    for bit in (1, 4, 7, 8, 16, 26, 32, 62):
+    for bit in (1, 4, 5, 6, 7, 8, 17, 26, 32, 62):
         data = bound(tdattributes=sept | 1 << bit)
         yield f"reserved attribute {bit}", data, {"td_attributes_reserved"}
     yield "migratable", bound(tdattributes=sept | 1 << 29), {"td_migratable"}
