@@ -35,8 +35,8 @@ _DCAP = "Intel TDX DCAP Quoting Library API"
 _MODULE = "Intel TDX Module ABI specification"
 _PCK = "Intel SGX PCK Certificate and Certificate Revocation List Profile Specification"
 
-# ATTRIBUTES of a TD. Everything that is not named here must be zero: reserved bits, and bits 4 to 6,
-# which let the host profile the TD.
+# ATTRIBUTES of a TD. Everything that is not named here must be zero: reserved bits, and bits 4 to
+# 6, which let the host profile the TD.
 _DEBUG = 1 << 0
 _ICSSD = 1 << 16
 _LASS = 1 << 27
