@@ -589,7 +589,7 @@ class TdDebug(Refusal):
 
 
 class TdAttributesReserved(Refusal):
-    """TDATTRIBUTES has bits set that are reserved, or unknown to this version."""
+    """TDATTRIBUTES has bits set that are reserved, or that let the host profile the domain."""
 
     code = "td_attributes_reserved"
 

@@ -65,8 +65,16 @@ _KNOWN_CRITICAL = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_US
 _PEM_BLOCK = re.compile(
     rb"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\r\n]{1,12288}-----END CERTIFICATE-----"
 )
-_FAULTS = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension)
-"""What `cryptography` raises on certificates that it does not understand."""
+_FAULTS = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises on certificates that it does not understand; it has no base class."""
 
 
 def p256_signature_holds(key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes) -> bool:

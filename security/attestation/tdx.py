@@ -243,6 +243,9 @@ def _fields(subject: TdxSubject) -> dict[str, str]:
         fields["tcb_status"] = subject.evaluation.status.value
         fields["tcb_date"] = subject.evaluation.date
         fields["advisory_ids"] = " ".join(subject.evaluation.advisories)
+    if subject.collateral is not None:
+        number = subject.collateral.tcb_info.evaluation_number
+        fields["tcb_evaluation_data_number"] = str(number)
     if subject.event_log is not None:
         log = subject.event_log
         fields["event_log_events"] = str(len(log.events)) if isinstance(log, EventLog) else ""

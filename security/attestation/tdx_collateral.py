@@ -271,6 +271,8 @@ def _read_tcb_info(text: bytes) -> TcbInfo:
         if "tdxModuleIdentities" in fields
         else ()
     )
+    # Another type would mean another way to compare SVNs.
+    fields.integer("tcbType", 0, 0)
     levels = [_read_tcb_level(level) for level in fields.sections("tcbLevels", _MAX_LEVELS)]
     levels.sort(key=lambda level: (level.sgx_components, level.pcesvn, level.tdx_components))
     return TcbInfo(

@@ -35,15 +35,17 @@ _DCAP = "Intel TDX DCAP Quoting Library API"
 _MODULE = "Intel TDX Module ABI specification"
 _PCK = "Intel SGX PCK Certificate and Certificate Revocation List Profile Specification"
 
-# ATTRIBUTES of a TD. Everything that is not named here must be zero.
+# ATTRIBUTES of a TD. Everything that is not named here must be zero: reserved bits, and bits 4 to
+# 6, which let the host profile the TD.
 _DEBUG = 1 << 0
+_ICSSD = 1 << 16
 _LASS = 1 << 27
 _SEPT_VE_DISABLE = 1 << 28
 _MIGRATABLE = 1 << 29
 _PKS = 1 << 30
 _KL = 1 << 31
 _PERFMON = 1 << 63
-_KNOWN_ATTRIBUTES = _DEBUG | _LASS | _SEPT_VE_DISABLE | _MIGRATABLE | _PKS | _KL | _PERFMON
+_KNOWN_ATTRIBUTES = _DEBUG | _ICSSD | _LASS | _SEPT_VE_DISABLE | _MIGRATABLE | _PKS | _KL | _PERFMON
 
 _PCK_CHAIN = ((PCK_NAME,), PCK_CA_NAMES, (ROOT_NAME,))
 
@@ -130,7 +132,9 @@ def _debug(subject: TdxSubject) -> None:
 def _attributes(subject: TdxSubject) -> None:
     unknown = subject.quote.body.tdattributes & ~_KNOWN_ATTRIBUTES
     if unknown:
-        raise TdAttributesReserved("reserved bits of TDATTRIBUTES", "0", f"0x{unknown:016x}")
+        raise TdAttributesReserved(
+            "reserved and profiling bits of TDATTRIBUTES", "0", f"0x{unknown:016x}"
+        )
 
 
 def _migratable(subject: TdxSubject) -> None:
@@ -185,7 +189,7 @@ QUOTE_RULES: tuple[TdxRule, ...] = (
     TdxRule("tdx.debug", f"{_MODULE}, ATTRIBUTES.DEBUG (bit 0)", (TdDebug,), _debug),
     TdxRule(
         "tdx.td_attributes",
-        f"{_MODULE}, ATTRIBUTES, reserved bits",
+        f"{_MODULE}, ATTRIBUTES, reserved bits and profiling bits of the TUD group",
         (TdAttributesReserved,),
         _attributes,
     ),

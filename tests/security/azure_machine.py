@@ -207,7 +207,7 @@ class AzureMachine:
         pins |= {f"pcr{i}": (value.hex(),) for i, value in enumerate(self.pcrs)}
         minimum: Mapping[str, Mapping[str, int]] = {}
         if self.hardware == "tdx":
-            registers = tdx_machine._registers()
+            registers = tdx_machine.default_registers()
             pins |= {name: (registers[name].hex(),) for name in PINS["tdx"] if name in registers}
             pins |= {
                 "xfam": ("e702060000000000",),
@@ -230,7 +230,7 @@ class AzureMachine:
     def expectations(self, **changes: Any) -> Expectations:
         """A policy that pins the VM."""
         if self.hardware == "tdx":
-            measurement = tdx_machine._registers()["mrtd"].hex()
+            measurement = tdx_machine.default_registers()["mrtd"].hex()
         else:
             measurement = self.snp_machine().measurement.hex()
         return Expectations("azure-vtpm", self.requirements(**changes), (measurement,))

@@ -256,7 +256,7 @@ def attestation_key() -> ec.EllipticCurvePrivateKey:
 # -- quotes ---------------------------------------------------------------------------------------
 
 
-def _registers() -> dict[str, bytes]:
+def default_registers() -> dict[str, bytes]:
     return {
         "mrseam": hashlib.sha384(b"tdx module").digest(),
         "mrsignerseam": bytes(48),
@@ -287,7 +287,7 @@ class QuoteDraft:
     tee_tcb_svn: bytes = bytes([6, 1, 3]) + bytes(13)
     tdattributes: int = SEPT_VE_DISABLE
     xfam: int = 0x602E7
-    registers: dict[str, bytes] = field(default_factory=_registers)
+    registers: dict[str, bytes] = field(default_factory=default_registers)
     tee_tcb_svn2: bytes = bytes([6, 1, 3]) + bytes(13)
     mrservicetd: bytes = bytes(48)
     qe_miscselect: int = 0
@@ -383,8 +383,8 @@ class QuoteDraft:
 
 def quote(**changes: Any) -> bytes:
     """A quote with some fields changed; registers by their names, too."""
-    registers = {name: changes.pop(name) for name in tuple(changes) if name in _registers()}
-    return QuoteDraft(registers=_registers() | registers, **changes).build()
+    registers = {name: changes.pop(name) for name in tuple(changes) if name in default_registers()}
+    return QuoteDraft(registers=default_registers() | registers, **changes).build()
 
 
 # -- collateral -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,7 @@ REPORT_DATA = bytes(range(64))
 
 def requirements(**changes: Any) -> Requirements:
     """Pins of the default machine; `unpin` takes some away, `open` opens names."""
-    registers = machine._registers()
+    registers = machine.default_registers()
     pins = {
         name: (registers[name].hex(),)
         for name in PINS["tdx"]
@@ -55,7 +56,7 @@ def requirements(**changes: Any) -> Requirements:
 
 def policy(measurements: tuple[str, ...] | None = None, **changes: Any) -> Expectations:
     if measurements is None:
-        measurements = (machine._registers()["mrtd"].hex(),)
+        measurements = (machine.default_registers()["mrtd"].hex(),)
     return Expectations("tdx", requirements(**changes), measurements)
 
 
@@ -95,7 +96,7 @@ def test_everything_holds(changes: dict[str, Any]) -> None:
     verdict = verify(bound(**changes))
     verdict.require()
     assert verdict.kind == "tdx"
-    assert verdict.measurement == machine._registers()["mrtd"].hex()
+    assert verdict.measurement == machine.default_registers()["mrtd"].hex()
     assert verdict.identity == "1234abcd"
     assert verdict.fields["tcb_status"] == "UpToDate"
     assert verdict.fields["tcb_date"] == "2024-03-13T00:00:00Z"
@@ -155,7 +156,7 @@ def test_sept_ve_disable_may_be_opened() -> None:
 
 
 def test_known_attributes_hold() -> None:
-    for bit in (27, 30, 31, 63):
+    for bit in (16, 27, 30, 31, 63):
         verify(bound(tdattributes=machine.SEPT_VE_DISABLE | 1 << bit)).require()
 
 
@@ -293,6 +294,24 @@ def test_pck_extension_must_be_complete(platform: bytes) -> None:
         verify(quote(pck=pck))
 
 
+@pytest.mark.parametrize(
+    ("found", "instead"),
+    [
+        (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x6a"),
+        (b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"),
+        (b"\x03\x42\x00\x04", b"\x03\x42\x00\x05"),
+    ],
+)
+def test_odd_certificates_are_refused(found: bytes, instead: bytes) -> None:
+    # A version that does not exist, an extension twice, a key that is no point.
+    changed = machine.default_pck().der.replace(found, instead)
+    assert changed != machine.default_pck().der
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed)
+    pem += b"-----END CERTIFICATE-----\n"
+    with pytest.raises(EvidenceMalformed):
+        verify(quote(chain=pem + vendor().pck_ca.pem + vendor().root.pem))
+
+
 def test_pck_without_extension() -> None:
     with pytest.raises(EvidenceMalformed, match="SGX extension"):
         verify(quote(pck=vendor().pck(extra=[])))
@@ -382,7 +401,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
 
     sept = machine.SEPT_VE_DISABLE
     yield "debug", bound(tdattributes=sept | 1), {"td_debug"}
-    for bit in (1, 4, 7, 8, 16, 26, 32, 62):
+    for bit in (1, 4, 5, 6, 7, 8, 17, 26, 32, 62):
         data = bound(tdattributes=sept | 1 << bit)
         yield f"reserved attribute {bit}", data, {"td_attributes_reserved"}
     yield "migratable", bound(tdattributes=sept | 1 << 29), {"td_migratable"}
@@ -403,7 +422,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
     )
     yield "another MRTD", bound(mrtd=bytes(48)), {"measurement_refused"}
     yield "another XFAM", bound(xfam=3), {"pin_refused"}
-    for name in machine._registers():
+    for name in machine.default_registers():
         if name in PINS["tdx"]:
             expected = {"pin_refused"}
             if name == "mrsignerseam":
@@ -570,6 +589,7 @@ def test_malformed_collateral_is_no_collateral(members: dict[str, str]) -> None:
     "change",
     [
         {"tcbStatus": "Splendid"},
+        {"tcbStatus": None},
         {"tcb": {"sgxtcbcomponents": [], "tdxtcbcomponents": [], "pcesvn": 1}},
         {"tcbDate": 5},
     ],
@@ -578,6 +598,11 @@ def test_unknown_levels_are_malformed(change: dict[str, Any]) -> None:
     info = machine.tcb_info()
     info["tcbLevels"][0] |= change
     verdict = verify(documents=(collateral(tcb_info=info),))
+    assert codes(verdict) == {"tdx_collateral_missing"}
+
+
+def test_unknown_tcb_type_is_malformed() -> None:
+    verdict = verify(documents=(collateral(tcb_info=machine.tcb_info(tcbType=1)),))
     assert codes(verdict) == {"tdx_collateral_missing"}
 
 
