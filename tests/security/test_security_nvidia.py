@@ -587,6 +587,14 @@ def test_what_is_no_manifest_is_noted() -> None:
     )
 
 
+def test_manifests_are_bounded() -> None:
+    device = gpu()
+    more = tuple((f"{i}.xml", b"<a/>") for i in range(256))
+    verdict = judged([device], papers=collateral(rims=(*collateral().rims, *more)))
+    verdict.require()
+    assert verdict.notes[-1] == "RIMs after the first 256 were ignored"
+
+
 # -- the set ----------------------------------------------------------------------------------
 
 
