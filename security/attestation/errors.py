@@ -80,7 +80,6 @@ __all__ = [
     "RevocationUnknown",
     "RevokedIdentity",
     "RimMalformed",
-    "RimProductRefused",
     "RimSignatureInvalid",
     "RimSignatureRefused",
     "RootNotPinned",
@@ -850,12 +849,6 @@ class RimSignatureInvalid(Refusal):
     """A RIM's digest or signature value does not verify."""
 
     code = "rim_signature_invalid"
-
-
-class RimProductRefused(Refusal):
-    """What a RIM's signature covers is a reference for another product or version."""
-
-    code = "rim_product_refused"
 
 
 class ReferenceMissing(Refusal):

@@ -20,6 +20,7 @@ from security.attestation.collateral import Collateral
 from security.attestation.errors import (
     DeviceRepeated,
     GpuSetIncomplete,
+    MeasurementRefused,
     NoncesDiffer,
     TopologyMismatch,
 )
@@ -290,6 +291,17 @@ def _topology(subject: DeviceSet) -> None:
                 )
 
 
+def _no_measurements(subject: DeviceSet) -> None:
+    assert subject.question.expected is not None
+    if subject.question.expected.measurements:
+        # A pin that nothing is compared with would look like a check.
+        raise MeasurementRefused(
+            "measurements.nvidia in the policy",
+            "none: RIMs and the pins of driver and vbios say what a GPU runs",
+            str(len(subject.question.expected.measurements)),
+        )
+
+
 def _count(name: str, number: Callable[[DeviceSet], int]) -> SetRule:
     def look(subject: DeviceSet) -> None:
         assert subject.question.expected is not None
@@ -325,6 +337,11 @@ SET_RULES: tuple[SetRule, ...] = (
 """Asked of every set."""
 
 SET_POLICY_RULES: tuple[SetRule, ...] = (
+    SetRule(
+        "nvidia.policy.measurements",
+        "policy, measurements.nvidia; a GPU's measurements are compared with its RIMs",
+        _no_measurements,
+    ),
     _count("gpus", lambda devices: len(devices.gpus)),
     _count("switches", lambda devices: len(devices.switches)),
 )

@@ -73,6 +73,17 @@ _TCB_INFO = ("2.23.133.5.4.1", "2.23.133.5.4.1.1")
 _SHA384_DIGEST = bytes.fromhex("06096086480165030402020430")
 """OBJECT IDENTIFIER id-sha384, and the head of an OCTET STRING of 48 bytes."""
 
+_NOT_X509 = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    x509.InvalidVersion,
+)
+"""What `cryptography` raises for bytes that are not what they should be."""
+
 _PEM = re.compile(
     rb"\s*(?:-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]{1,8192}"
     rb"-----END CERTIFICATE-----\s*)+"
@@ -180,15 +191,7 @@ def load_certificate(der: bytes) -> Certificate:
         )
     try:
         return _describe(der, x509.load_der_x509_certificate(der))
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        UnsupportedAlgorithm,
-        x509.DuplicateExtension,
-        x509.UnsupportedGeneralNameType,
-        x509.InvalidVersion,
-    ):
+    except _NOT_X509:
         raise EvidenceMalformed(
             f"certificate: expected X.509 in DER, found {len(der)} bytes that are not"
         ) from None
@@ -370,7 +373,7 @@ def _list_of(issuer_der: bytes, data: bytes) -> x509.CertificateRevocationList |
         if parsed.issuer.public_bytes() != issuer.subject:
             return None
         return parsed if parsed.is_signature_valid(issuer.key) else None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except _NOT_X509:
         return None
 
 

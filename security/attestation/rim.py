@@ -27,7 +27,6 @@ from signxml.verifier import SignatureConfiguration, XMLVerifier
 
 from security.attestation.errors import (
     RimMalformed,
-    RimProductRefused,
     RimSignatureInvalid,
     RimSignatureRefused,
 )
@@ -118,7 +117,7 @@ def verify_rim(
         what: name of the RIM, for messages.
 
     Raises:
-        RimMalformed, RimSignatureRefused, RimSignatureInvalid, RimProductRefused: the document.
+        RimMalformed, RimSignatureRefused, RimSignatureInvalid: the document.
         ChainWrongLength, ChainBroken, ChainNotAuthorised, CertificateNotCurrent, RootNotPinned,
         CertificateRevoked, CertificateUnsupported, EvidenceMalformed: the signer's chain.
     """
@@ -219,12 +218,9 @@ def _verify(xml: bytes) -> ReferenceManifest:
         raise RimSignatureInvalid(
             what, "digest and signature of its signer", f"other bytes ({type(error).__name__})"
         ) from None
-    if isinstance(result, list):
-        raise RimSignatureRefused(what, "one reference", str(len(result)))
+    assert not isinstance(result, list)  # one reference, see above
     signed = _parse(result.signed_data)
-    if _read_heading(signed) != heading:
-        raise RimProductRefused(what, "the same product and version under the signature", "others")
-    return ReferenceManifest(heading, _read_payload(signed, what), chain)
+    return ReferenceManifest(_read_heading(signed), _read_payload(signed, what), chain)
 
 
 def _only_signature(root: etree._Element, what: str) -> etree._Element:

@@ -18,7 +18,8 @@ from nvidia_machine import DRIVER, NONCE, NOW, VBIOS
 from placement.requirements import Requirements
 from security.attestation import nras
 from security.attestation.collateral import Collateral
-from security.attestation.nras import MAX_EAT_BYTES, MAX_TOKEN_BYTES, verify_nras
+from security.attestation.nras import verify_nras
+from security.attestation.nras_token import MAX_EAT_BYTES, MAX_TOKEN_BYTES
 from security.attestation.verdict import Expectations, Verdict
 from security.errors import AppraisalError, EvidenceMalformed
 
@@ -154,6 +155,8 @@ def test_keys_of_another_shape_are_ignored(change: dict[str, object]) -> None:
     verdict = judged(eat(), papers=Collateral(jwks=(bad,)))
     assert codes(verdict) == {"nras_key_missing"}
     assert any("was ignored" in note for note in verdict.notes)
+    more = json.dumps({"keys": [ISSUER.jwk(**change), ISSUER.jwk()]}).encode()
+    judged(eat(), papers=Collateral(jwks=(b"no JSON", more))).require()
 
 
 def assembled(header: Mapping[str, object], signature: bytes = b"") -> str:

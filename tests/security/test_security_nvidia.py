@@ -451,6 +451,9 @@ def test_revocation_lists() -> None:
     assert with_lists() == unknown
     assert with_lists(root_list) == unknown
     assert with_lists(b"not a list", identity_list) == unknown
+    other_version = root_list.replace(b"\x02\x01\x01", b"\x02\x01\x09", 1)
+    assert other_version != root_list
+    assert with_lists(other_version, identity_list) == unknown
     assert with_lists(root_list, revocation_list(made.identity, end=NOW - 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, start=NOW + 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, key=new_key())) == unknown
@@ -495,6 +498,13 @@ def test_pins(pin: str, value: str) -> None:
     del pins[pin]
     assert codes(judged([device], expectations([device], pins=pins))) == {"pin_missing"}
     judged([device], expectations([device], pins=pins, open=(pin,))).require()
+
+
+def test_measurements_of_the_policy_are_not_ignored() -> None:
+    device = gpu()
+    pinned = replace(expectations([device]), measurements=("00" * 48,))
+    assert codes(judged([device], pinned)) == {"measurement_refused"}
+    judged([device], replace(pinned, measurements=())).require()
 
 
 # -- references -------------------------------------------------------------------------------
@@ -575,6 +585,14 @@ def test_what_is_no_manifest_is_noted() -> None:
         "RIM broken.xml was ignored: rim_malformed: RIM: expected a SoftwareIdentity with one "
         "Meta, found another document",
     )
+
+
+def test_manifests_are_bounded() -> None:
+    device = gpu()
+    more = tuple((f"{i}.xml", b"<a/>") for i in range(256))
+    verdict = judged([device], papers=collateral(rims=(*collateral().rims, *more)))
+    verdict.require()
+    assert verdict.notes[-1] == "RIMs after the first 256 were ignored"
 
 
 # -- the set ----------------------------------------------------------------------------------
