@@ -305,7 +305,7 @@ def _pcr_digest(subject: AzureSubject) -> None:
 
 
 def _freshness(subject: AzureSubject) -> None:
-    if subject.bound_to is None:
+    if not subject.bound_to:
         raise FreshnessUnproven("extraData", "what this challenge binds", "nothing to compare with")
     found = subject.quote.extra_data
     if found not in (subject.bound_to, hashlib.sha256(subject.bound_to).digest()):

@@ -678,6 +678,8 @@ def test_freshness() -> None:
     verify(bound_to=None, expected=opened).require()
     assert codes(verify(bound_to=b"other", expected=opened)) == {"evidence_not_bound"}
     assert codes(verify(bound_to=REPORT_DATA[:32])) == {"evidence_not_bound"}
+    assert codes(verify(bound_to=REPORT_DATA + b"\0")) == {"evidence_not_bound"}
+    assert codes(verify(quote(), bound_to=b"")) == {"freshness_unproven"}
 
 
 # -- event log -------------------------------------------------------------------------------------
