@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from security.attestation.der import (
     BIT_STRING,
@@ -112,9 +112,9 @@ class BasicConstraints:
     path_length: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Certificate:
-    """A certificate as read; nothing of it is checked.
+    """A certificate as read; nothing of it is checked. Equal ones have equal fingerprints.
 
     Attributes:
         der: all of it.
@@ -189,7 +189,7 @@ class Certificate:
         return frozenset(i for i in range(8 * len(octets)) if octets[i // 8] >> (7 - i % 8) & 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RevocationList:
     """A certificate revocation list as read; nothing of it is checked.
 
@@ -213,7 +213,7 @@ class RevocationList:
     revoked: frozenset[int]
     critical: tuple[str, ...]
     signature: bytes
-    fingerprint: str = field(default="")
+    fingerprint: str
 
 
 @functools.lru_cache(maxsize=2048)

@@ -10,7 +10,7 @@ from security.attestation.octets import OctetReader
 __all__ = ["parse_certificate_table"]
 
 MAX_TABLE_BYTES = 256 << 10
-MAX_TABLE_ENTRIES = 64
+MAX_TABLE_ENTRIES = 16
 _TABLE_ENTRY_BYTES = 24
 _TABLE_ROLES = {
     uuid.UUID("63da758d-e664-4564-adc5-f4b93be8accd").bytes: "VCEK",

@@ -143,15 +143,24 @@ def is_p384_key(spki: bytes) -> bool:
 
 def signs_report(endorsement: Endorsement, report: AttestationReport) -> bool:
     """Whether a report's signature verifies under an endorsement's key (ECDSA P-384, SHA-384)."""
-    spki = endorsement.certificate.public_key
-    if not is_p384_key(spki) or not (report.signature_r and report.signature_s):
+    return _verifies(
+        endorsement.certificate.public_key,
+        report.signature_r,
+        report.signature_s,
+        report.signed,
+    )
+
+
+# Asked once to choose the certificate and once by the rule; the answer never changes.
+@functools.lru_cache(maxsize=64)
+def _verifies(spki: bytes, r: int, s: int, signed: bytes) -> bool:
+    if not is_p384_key(spki) or not (r and s):
         return False
     try:
         key = load_der_public_key(spki)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             return False
-        signature = encode_dss_signature(report.signature_r, report.signature_s)
-        key.verify(signature, report.signed, ec.ECDSA(hashes.SHA384()))
+        key.verify(encode_dss_signature(r, s), signed, ec.ECDSA(hashes.SHA384()))
     except (InvalidSignature, UnsupportedAlgorithm, ValueError):
         return False
     return True

@@ -47,6 +47,7 @@ __all__ = [
     "CHAIN_RULES",
     "ENDORSEMENT_RULES",
     "REPORT_RULES",
+    "REVOCATION_RULE",
     "Appraisal",
     "ChainRule",
     "SnpRule",

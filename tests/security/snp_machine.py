@@ -81,7 +81,7 @@ def oid(dotted: str) -> bytes:
     return der(0x06, bytes(octets))
 
 
-def time(at: int) -> bytes:
+def generalized_time(at: int) -> bytes:
     return der(0x18, datetime.fromtimestamp(at, UTC).strftime("%Y%m%d%H%M%SZ").encode())
 
 
@@ -151,7 +151,7 @@ def certificate(
         integer(serial),
         algorithm,
         issuer,
-        sequence(time(not_before), time(not_after)),
+        sequence(generalized_time(not_before), generalized_time(not_after)),
         subject,
         public_key,
         der(0xA3, sequence(*extensions)),
@@ -180,13 +180,15 @@ def crl(
     extensions: tuple[bytes, ...] = (),
 ) -> bytes:
     """A revocation list of a product's root, in DER."""
-    entries = sequence(*(sequence(integer(serial), time(NOW - YEAR)) for serial in revoked))
+    entries = sequence(
+        *(sequence(integer(serial), generalized_time(NOW - YEAR)) for serial in revoked)
+    )
     tbs = sequence(
         integer(1),
         PSS,
         issuer or amd_name(f"ARK-{product}"),
-        time(this_update),
-        b"" if next_update is None else time(next_update),
+        generalized_time(this_update),
+        b"" if next_update is None else generalized_time(next_update),
         entries if revoked else b"",
         der(0xA0, sequence(*extensions)) if extensions else b"",
     )
