@@ -45,7 +45,7 @@ from security.attestation.tpm_quote import (
     read_rsa_signature,
     read_tpm_quote,
 )
-from security.attestation.verdict import Check, Expectations, Verdict, judge
+from security.attestation.verdict import Expectations, Verdict, judge
 from security.errors import AppraisalError, EvidenceMalformed, EvidenceNotBound
 
 __all__ = ["AZURE_VTPM_RULES", "KIND", "AzureRule", "AzureSubject", "verify_azure_vtpm"]
@@ -198,12 +198,8 @@ def _judge_hardware(
         )
         return verdict, found.report.report_data, None
     if "td_quote" not in parts:
-        missing = TdQuoteMissing(
-            "TD quote", "one of the TDREPORT in the HCL report", "none", "ask IMDS for it"
-        )
-        check = Check(_TD_QUOTE, f"{_DESIGN}, TDX report", missing)
         # A TDREPORT alone proves nothing to another machine, so nothing is read out of it.
-        return Verdict("tdx", "", "", "", checks=(check,)), None, None
+        return Verdict("tdx", product="", measurement="", identity=""), None, None
     quote = read_td_quote(parts["td_quote"])
     # The quote's REPORTDATA is the claims' digest, which a rule of ours looks at; the VM's own
     # event log is the TPM's.
@@ -223,10 +219,14 @@ def _judge_hardware(
     return replace(verdict, notes=notes), quote.body.reportdata, quote
 
 
-_TD_QUOTE = "azure_vtpm.td_quote"
-
-
 # -- rules ----------------------------------------------------------------------------------------
+
+
+def _td_quote(subject: AzureSubject) -> None:
+    if subject.td_quote is None:
+        raise TdQuoteMissing(
+            "TD quote", "one of the TDREPORT in the HCL report", "none", "ask IMDS for it"
+        )
 
 
 def _td_report(subject: AzureSubject) -> None:
@@ -305,7 +305,7 @@ def _pcr_digest(subject: AzureSubject) -> None:
 
 
 def _freshness(subject: AzureSubject) -> None:
-    if subject.bound_to is None:
+    if not subject.bound_to:
         raise FreshnessUnproven("extraData", "what this challenge binds", "nothing to compare with")
     found = subject.quote.extra_data
     if found not in (subject.bound_to, hashlib.sha256(subject.bound_to).digest()):
@@ -333,6 +333,9 @@ def _pcr_rule(index: int) -> AzureRule:
     )
 
 
+_TD_QUOTE_RULE = AzureRule(
+    "azure_vtpm.td_quote", f"{_DESIGN}, TDX report", (TdQuoteMissing,), _td_quote
+)
 _TD_REPORT_RULE = AzureRule(
     "azure_vtpm.td_report",
     f"{_DESIGN}, TDX report; Intel TDX Module ABI specification, TDREPORT_STRUCT",
@@ -385,6 +388,7 @@ _PIN_RULES = (
 )
 
 AZURE_VTPM_RULES: tuple[AzureRule, ...] = (
+    _TD_QUOTE_RULE,
     _TD_REPORT_RULE,
     *_ALWAYS,
     _FRESHNESS_RULE,
@@ -394,9 +398,12 @@ AZURE_VTPM_RULES: tuple[AzureRule, ...] = (
 
 
 def _rules(subject: AzureSubject) -> list[AzureRule]:
-    rules = [*_ALWAYS]
+    rules: list[AzureRule] = []
+    if subject.hcl.hardware is HardwareType.TDX:
+        rules.append(_TD_QUOTE_RULE)
     if subject.td_quote is not None:
-        rules.insert(0, _TD_REPORT_RULE)
+        rules.append(_TD_REPORT_RULE)
+    rules += _ALWAYS
     expected = subject.expected
     if subject.bound_to is not None or (
         expected is not None and not expected.requirements.opens("freshness")

@@ -209,6 +209,9 @@ def _read_certificate(pem: bytes, what: str) -> Certificate:
         )
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise EvidenceMalformed(f"{what}: expected a key on P-256, found another")
+    # RFC 5280, 4.1.2.2. A negative number would also make the look-up in a revocation list fail.
+    if not 0 < parsed.serial_number < 1 << 160:
+        raise EvidenceMalformed(f"{what}: expected a positive serial number of at most 20 bytes")
     name = names[0].value if len(names) == 1 else ""
     return Certificate(
         der=der,

@@ -70,8 +70,8 @@ def verify_tdx(
         collateral: `tdx` is used: of its documents one that fits the platform.
         expected: pins; None where only soundness is judged.
         now: Unix time in seconds.
-        bound_to: at most 64 bytes that REPORTDATA must begin with, zeros after; None where
-            freshness is not judged.
+        bound_to: 1 to 64 bytes that REPORTDATA must begin with, zeros after; None where freshness
+            is not judged.
 
     Raises:
         EvidenceMalformed: no quote, unknown parts, or a quote that does not parse; `NotATdQuote`

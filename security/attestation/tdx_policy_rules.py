@@ -76,7 +76,7 @@ EVENT_TABLE_RULE = TdxRule(
 
 
 def _freshness(subject: TdxSubject) -> None:
-    if subject.bound_to is None:
+    if not subject.bound_to:
         raise FreshnessUnproven(
             "REPORTDATA", "what this challenge binds", "nothing to compare with"
         )

@@ -275,6 +275,8 @@ def test_freshness() -> None:
     opened = machine.expectations(open=("freshness",))
     machine.verify(opened, bound_to=None).require()
     assert codes(machine.verify(opened, bound_to=b"another")) == {"evidence_not_bound"}
+    empty = AzureMachine(extra_data=b"")
+    assert codes(empty.verify(bound_to=b"")) == {"freshness_unproven"}
 
 
 def test_opened_freshness_does_not_open_the_claims() -> None:

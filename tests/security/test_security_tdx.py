@@ -300,10 +300,11 @@ def test_pck_extension_must_be_complete(platform: bytes) -> None:
         (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x6a"),
         (b"\x06\x03\x55\x1d\x0f", b"\x06\x03\x55\x1d\x13"),
         (b"\x03\x42\x00\x04", b"\x03\x42\x00\x05"),
+        (b"\x02\x04\x12\x34\xab\xcd", b"\x02\x04\x92\x34\xab\xcd"),
     ],
 )
 def test_odd_certificates_are_refused(found: bytes, instead: bytes) -> None:
-    # A version that does not exist, an extension twice, a key that is no point.
+    # A version that does not exist, an extension twice, a key that is no point, a number below 0.
     changed = machine.default_pck().der.replace(found, instead)
     assert changed != machine.default_pck().der
     pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed)
@@ -677,6 +678,8 @@ def test_freshness() -> None:
     verify(bound_to=None, expected=opened).require()
     assert codes(verify(bound_to=b"other", expected=opened)) == {"evidence_not_bound"}
     assert codes(verify(bound_to=REPORT_DATA[:32])) == {"evidence_not_bound"}
+    assert codes(verify(bound_to=REPORT_DATA + b"\0")) == {"evidence_not_bound"}
+    assert codes(verify(quote(), bound_to=b"")) == {"freshness_unproven"}
 
 
 # -- event log -------------------------------------------------------------------------------------
