@@ -107,7 +107,7 @@ RELAXATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "migration_agent",
             "sept_ve_disable",
         ),
-        "nvidia": ("freshness", "revocation", "driver_rim", "vbios_rim", "topology"),
+        "nvidia": ("freshness", "revocation", "fwid", "driver_rim", "vbios_rim", "topology"),
     }
 )
 """By kind: checks besides the pins that ``open`` may name. What is in neither table cannot be."""

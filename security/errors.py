@@ -26,6 +26,12 @@ class MalformedInput(SecurityError):
     code = "malformed_input"
 
 
+class FileUnusable(SecurityError):
+    """A file or directory that an operator names is missing, too long, or leads elsewhere."""
+
+    code = "file_unusable"
+
+
 # -- signing ----------------------------------------------------------------------------------
 
 
@@ -156,6 +162,68 @@ class NoCollector(SecurityError):
     """This machine can produce none of the kinds of evidence that the role accepts."""
 
     code = "no_collector"
+
+
+class CollectionError(SecurityError):
+    """The base of everything that keeps this machine from making evidence."""
+
+    code = "collection"
+
+
+class TsmUnavailable(CollectionError):
+    """The kernel has no configfs-tsm, no provider for it, or does not let us use it."""
+
+    code = "tsm_unavailable"
+
+
+class TsmProviderUnknown(CollectionError):
+    """The kernel's provider makes reports that nothing here verifies."""
+
+    code = "tsm_provider_unknown"
+
+
+class TsmConflict(CollectionError):
+    """Somebody else wrote to our report instance."""
+
+    code = "tsm_conflict"
+
+
+class TsmBusy(CollectionError):
+    """The platform kept saying that it is busy.
+
+    Attributes:
+        cause: the kernel's last error.
+    """
+
+    code = "tsm_busy"
+
+    def __init__(self, cause: OSError, found: str) -> None:
+        super().__init__(f"{found} {cause.strerror}; try again later")
+        self.cause = cause
+
+
+class TsmReportTooLarge(CollectionError):
+    """The report is longer than the kernel or we admit."""
+
+    code = "tsm_report_too_large"
+
+
+class TsmPrivilegeLevelRefused(CollectionError):
+    """The privilege level (VMPL) is one that the kernel does not admit."""
+
+    code = "tsm_privilege_level_refused"
+
+
+class TsmServiceProviderRefused(CollectionError):
+    """A report by a service provider (SVSM) was asked for; nothing here appraises those."""
+
+    code = "tsm_service_provider_refused"
+
+
+class TsmFailed(CollectionError):
+    """The kernel failed in another way."""
+
+    code = "tsm_failed"
 
 
 # -- rosters ----------------------------------------------------------------------------------
@@ -369,9 +437,27 @@ class WrongManifest(BrokerRefusal):
 
 
 class GpuEvidenceUnexpected(BrokerRefusal):
-    """GPU evidence is stated although this version appraises none."""
+    """GPU evidence is stated or sent although the policy demands none, or none was sent."""
 
     code = "gpu_evidence_unexpected"
+
+
+class GpuEvidenceSwapped(BrokerRefusal):
+    """The machine's evidence is bound to other GPU evidence than what was sent with it."""
+
+    code = "gpu_evidence_swapped"
+
+
+class PlanReplaced(BrokerRefusal):
+    """The owner installed another plan while the evidence was being appraised."""
+
+    code = "plan_replaced"
+
+
+class CollateralUnusable(BrokerRefusal):
+    """The collateral directory cannot be read as a whole, so nothing is judged by half of it."""
+
+    code = "collateral_unusable"
 
 
 class ClaimsRejected(BrokerRefusal):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from placement.plan import WEIGHT_FORMATS
+from serving.attest_options import add_attest
 from serving.errors import CommandError, UsageError
 from serving.home import HOME_VARIABLE, Home, RunState
 from serving.planning import ModelSettings
@@ -69,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_connect(commands)
     _add_broker(commands)
     _add_manifest(commands)
+    add_attest(commands, _add)
     _add_version(commands)
     return parser
 
@@ -552,6 +554,13 @@ def _add_broker(commands: _Commands) -> None:
     parser.add_argument(
         "--owner-key", type=Path, help="the owner's public key (default: of this home)"
     )
+    parser.add_argument(
+        "--collateral",
+        type=Path,
+        metavar="DIR",
+        help="vendors' certificates, revocation lists, TCB info and manifests; read anew when it "
+        "changes",
+    )
     _add_home(parser)
 
 
@@ -571,7 +580,7 @@ def _broker(arguments: argparse.Namespace) -> int:
     else:
         owner_public = public_bytes(home.owner_key())
     try:
-        server = start_broker(arguments.listen, home.broker, owner_public)
+        server = start_broker(arguments.listen, home.broker, owner_public, arguments.collateral)
     except OSError as error:
         raise CommandError(str(error)) from None
     write_public_key(home.path / "broker.pub", server.public_key)

@@ -22,6 +22,7 @@ MAX_EVIDENCE_BYTES = 1 << 20
 REPORT_DATA_BYTES = 64
 _DOMAIN = b"bulkhead/v1/report-data"
 _GPU_NONCE_DOMAIN = b"bulkhead/v1/gpu-nonce"
+_COMPOSITE_DOMAIN = b"bulkhead/v1/composite-report-data"
 _MAGIC = b"BHEV1"
 _MAX_PARTS = 64
 _PART_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -34,6 +35,31 @@ def gpu_nonce(challenge: bytes) -> bytes:
     so that neither side can be taken from another machine or another time.
     """
     return hashlib.sha256(length_prefixed([_GPU_NONCE_DOMAIN, challenge])).digest()
+
+
+def evidence_digest(device_evidence: bytes) -> str:
+    """SHA-256 (hex) of device evidence, as `Binding.gpu_evidence_digest` holds it.
+
+    "" where there is none.
+    """
+    return hashlib.sha256(device_evidence).hexdigest() if device_evidence else ""
+
+
+def composite_report_data(nonce: bytes, device_evidence: bytes) -> bytes:
+    """The 64 bytes that bind a machine's evidence to its devices' where no shard is involved.
+
+    `bulkhead attest collect` and `attest check` use them; between shard and broker it is `Binding`.
+    The devices themselves answer `gpu_nonce(nonce)`.
+
+    Args:
+        nonce: the verifier's, of any length.
+        device_evidence: the devices' parts, as `encode_parts` joins them.
+    """
+    return hashlib.sha512(
+        length_prefixed(
+            [_COMPOSITE_DOMAIN, nonce, evidence_digest(device_evidence).encode("ascii")]
+        )
+    ).digest()
 
 
 def encode_parts(parts: Mapping[str, bytes]) -> bytes:

@@ -19,10 +19,10 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from google.protobuf.message import DecodeError
 
-from placement.plan import PlanTemplate
+from placement.plan import PlanTemplate, Trust
 from placement.policy import Policy
-from security.attestation.collect import choose_collector
-from security.attestation.evidence import Binding, Evidence
+from security.attestation.collect import choose_collector, collect_devices
+from security.attestation.evidence import Binding, Evidence, evidence_digest, gpu_nonce
 from security.broker import broker_pb2, broker_pb2_grpc
 from security.broker.documents import Installation, open_certificate, open_installation, open_plan
 from security.broker.key_broker import MAX_NOTE_LENGTH, MAX_NOTES, MAX_REPORT_LENGTH, NONCE_BYTES
@@ -108,12 +108,15 @@ class Challenge:
     manifest_digest: str
     broker_key: bytes
 
-    def binding(self, shard_key: bytes, observed_manifest_digest: str) -> Binding:
+    def binding(
+        self, shard_key: bytes, observed_manifest_digest: str, device_evidence: bytes = b""
+    ) -> Binding:
         """What evidence for this challenge must be bound to.
 
         Args:
             shard_key: X25519 public key of the shard (32 bytes).
             observed_manifest_digest: first result of `security.manifest.observe_manifest`.
+            device_evidence: of the machine's devices, over `gpu_nonce(nonce)`; b"" for none.
         """
         return Binding(
             nonce=self.nonce,
@@ -124,6 +127,7 @@ class Challenge:
             broker_key=self.broker_key,
             policy_digest=self.policy_digest,
             manifest_digest=observed_manifest_digest,
+            gpu_evidence_digest=evidence_digest(device_evidence),
         )
 
 
@@ -273,6 +277,7 @@ class BrokerClient:
         evidence: Evidence,
         observed_manifest_digest: str,
         notes: Sequence[str] = (),
+        device_evidence: bytes = b"",
     ) -> Membership:
         """Presents evidence; the membership uses this client but does not close it.
 
@@ -284,6 +289,7 @@ class BrokerClient:
             evidence: over ``challenge.binding(...).report_data()``.
             observed_manifest_digest: what the shard found on its disk.
             notes: what differs from the manifest, for the broker's log.
+            device_evidence: what went into the binding; b"" for none.
 
         Raises:
             AdmissionRefused: with the code of the rule that does not hold.
@@ -297,6 +303,7 @@ class BrokerClient:
             evidence=evidence,
             observed_manifest_digest=observed_manifest_digest,
             notes=notes,
+            device_evidence=device_evidence,
         )
         return Membership(self, challenge, shard_private_key, secret)
 
@@ -310,9 +317,10 @@ class BrokerClient:
         evidence: Evidence,
         observed_manifest_digest: str,
         notes: Sequence[str],
+        device_evidence: bytes,
     ) -> bytes:
         shard_key = shard_private_key.public_key().public_bytes_raw()
-        binding = challenge.binding(shard_key, observed_manifest_digest)
+        binding = challenge.binding(shard_key, observed_manifest_digest, device_evidence)
         request = broker_pb2.AdmitRequest(
             nonce=challenge.nonce,
             instance=challenge.instance,
@@ -334,6 +342,7 @@ class BrokerClient:
             evidence_kind=evidence.kind,
             evidence=evidence.body,
             notes=[printable(note, MAX_NOTE_LENGTH) for note in notes[:MAX_NOTES]],
+            device_evidence=device_evidence,
         )
         reply: broker_pb2.AdmitReply = self._call(
             lambda: self._stub.Admit(request, timeout=CALL_TIMEOUT_S)
@@ -625,17 +634,22 @@ class _Candidate:
 
     def prove(self, challenge: Challenge) -> bytes:
         """Checks the model's files, gathers evidence, is admitted; returns the member secret."""
-        accepted = next(
-            (item.evidence for item in challenge.template.roles if item.name == self.role), None
-        )
-        if accepted is None:
+        role = next((item for item in challenge.template.roles if item.name == self.role), None)
+        if role is None:
             raise UnknownRole(f"role {self.role!r}: expected one of the signed template's roles")
         observed, notes = observe_manifest(self.model_dir, challenge.manifest)
         for note in notes:
             log.error("model file differs from the signed manifest: %s", note)
         shard_key = self.key.public_key().public_bytes_raw()
-        collector = choose_collector(accepted, self.node, self.region, self.node_key_path)
-        evidence = collector.collect(challenge.binding(shard_key, observed).report_data())
+        collector = choose_collector(role.evidence, self.node, self.region, self.node_key_path)
+        devices = b""
+        if role.trust is Trust.ATTESTED and challenge.policy.demanded_devices():
+            # The devices answer first: the machine's evidence is bound to what they say.
+            devices = collect_devices(
+                challenge.policy.demanded_devices(), gpu_nonce(challenge.nonce)
+            )
+        binding = challenge.binding(shard_key, observed, devices)
+        evidence = collector.collect(binding.report_data())
         return self.client._admit(
             challenge,
             self.key,
@@ -644,6 +658,7 @@ class _Candidate:
             evidence=evidence,
             observed_manifest_digest=observed,
             notes=notes,
+            device_evidence=devices,
         )
 
     def prove_again(self, template_digest: str) -> bytes:

@@ -30,8 +30,15 @@ from placement.verify import (
     verify_template,
 )
 from security.attestation.appraise import appraise
+from security.attestation.collateral import Collateral
 from security.attestation.enrolled import Enrolments
-from security.attestation.evidence import MAX_EVIDENCE_BYTES, Binding, Evidence
+from security.attestation.evidence import (
+    MAX_EVIDENCE_BYTES,
+    Binding,
+    Evidence,
+    evidence_digest,
+    gpu_nonce,
+)
 from security.broker.documents import (
     Installation,
     OwnedDocuments,
@@ -45,6 +52,7 @@ from security.errors import (
     CertificateRefused,
     ClaimsRejected,
     GenerationRollback,
+    GpuEvidenceSwapped,
     GpuEvidenceUnexpected,
     InstanceSwapped,
     MalformedInput,
@@ -57,6 +65,7 @@ from security.errors import (
     NoRoster,
     NothingInstalled,
     NotTheMember,
+    PlanReplaced,
     RoleSwapped,
     SecurityError,
     ShardKeySwapped,
@@ -100,6 +109,7 @@ class AdmissionRequest:
     binding: Binding
     evidence: Evidence
     notes: tuple[str, ...]
+    device_evidence: bytes = b""
 
 
 @dataclass(slots=True)
@@ -184,6 +194,7 @@ class KeyBroker:
         owner_public: the owner's key (32 bytes).
         clock: Unix time in seconds.
         random: gives that many random bytes.
+        collateral: gives the vendors' documents as they are now.
     """
 
     def __init__(
@@ -193,11 +204,13 @@ class KeyBroker:
         *,
         clock: Callable[[], float] = time.time,
         random: Callable[[int], bytes] = os.urandom,
+        collateral: Callable[[], Collateral] = Collateral,
     ) -> None:
         self._store = store
         self._owner_public = owner_public
         self._clock = clock
         self._random = random
+        self._collateral = collateral
         self._key = store.broker_key()
         self.public_key = public_bytes(self._key)
         # Reentrant: closing a watcher calls back into the broker.
@@ -360,24 +373,47 @@ class KeyBroker:
             that does not hold.
         """
         where = {"instance": request.instance, "role": request.role, "peer": peer}
-        with self._audited("admit", **where), self._lock:
-            _check_shape(request)
-            _, documents, role = self._admissible(request.role)
-            if (request.ingress_address != "") != (role.stage == 0):
-                raise MalformedInput(
-                    f"ingress_address: expected one for the first stage and none for others, "
-                    f"found {request.ingress_address!r} for {role.name}"
-                )
-            self._spend_nonce(request)
-            self._check_binding(request, documents)
+        with self._audited("admit", **where):
+            with self._lock:
+                _check_shape(request)
+                _, documents, role = self._admissible(request.role)
+                if (request.ingress_address != "") != (role.stage == 0):
+                    raise MalformedInput(
+                        f"ingress_address: expected one for the first stage and none for others, "
+                        f"found {request.ingress_address!r} for {role.name}"
+                    )
+                self._spend_nonce(request)
+                self._check_binding(request, documents)
+                enrolments = self._enrolments
+            # Without the lock: reference manifests of eight GPUs take a while.
             claims = appraise(
                 request.evidence,
                 request.binding.report_data(),
                 role,
                 documents.policy,
-                enrolments=self._enrolments,
+                enrolments=enrolments,
                 now=int(self._clock()),
+                collateral=self._collateral(),
+                device_evidence=request.device_evidence,
+                device_nonce=gpu_nonce(request.nonce),
             )
+            return self._admitted(request, documents, role, claims, where)
+
+    def _admitted(
+        self,
+        request: AdmissionRequest,
+        documents: OwnedDocuments,
+        role: RoleTemplate,
+        claims: Claims,
+        where: dict[str, str],
+    ) -> bytes:
+        """Makes the owner of appraised evidence a member; returns its sealed secret."""
+        with self._lock:
+            if documents is not self._documents:
+                raise PlanReplaced(
+                    f"{role.name}: expected the plan that the challenge was for, found another; "
+                    "ask for a new challenge"
+                )
             self._check_claims(request, documents, role, claims)
             instance = self._place_for(request.instance, documents)
             secret = self._random(SECRET_BYTES)
@@ -436,6 +472,11 @@ class KeyBroker:
         """
         stated = request.binding
         cluster = documents.template.cluster
+        devices = evidence_digest(request.device_evidence)
+        if devices and not documents.policy.demanded_devices():
+            raise GpuEvidenceUnexpected(
+                "evidence: expected none of devices, as the policy lists none, found some"
+            )
         checks: tuple[tuple[str, str, str, type[BrokerRefusal]], ...] = (
             ("nonce", stated.nonce.hex(), request.nonce.hex(), NonceSwapped),
             ("instance", stated.instance, request.instance, InstanceSwapped),
@@ -444,7 +485,12 @@ class KeyBroker:
             ("cluster", stated.cluster, cluster, WrongCluster),
             ("broker key", stated.broker_key.hex(), self.public_key.hex(), WrongBroker),
             ("policy", stated.policy_digest, documents.policy_digest, WrongPolicy),
-            ("GPU evidence", stated.gpu_evidence_digest, "", GpuEvidenceUnexpected),
+            (
+                "GPU evidence",
+                stated.gpu_evidence_digest,
+                devices,
+                GpuEvidenceSwapped if devices else GpuEvidenceUnexpected,
+            ),
         )
         for what, found, expected, error in checks:
             if found != expected:
@@ -687,6 +733,11 @@ def _check_shape(request: AdmissionRequest) -> None:
         raise MalformedInput(
             f"evidence: expected at most {MAX_EVIDENCE_BYTES} bytes, found "
             f"{len(request.evidence.body)}"
+        )
+    if len(request.device_evidence) > MAX_EVIDENCE_BYTES:
+        raise MalformedInput(
+            f"device_evidence: expected at most {MAX_EVIDENCE_BYTES} bytes, found "
+            f"{len(request.device_evidence)}"
         )
     for name, address in (
         ("link_address", request.link_address),

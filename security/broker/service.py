@@ -17,6 +17,8 @@ from typing import NoReturn, TypeVar
 
 import grpc
 
+from security.attestation.collateral import Collateral
+from security.attestation.collateral_directory import CollateralDirectory
 from security.attestation.evidence import Binding, Evidence
 from security.broker import broker_pb2, broker_pb2_grpc
 from security.broker.documents import Installation
@@ -96,19 +98,28 @@ class BrokerServer:
         self._server.wait_for_termination()
 
 
-def start_broker(listen: str, home: Path, owner_public: bytes) -> BrokerServer:
+def start_broker(
+    listen: str, home: Path, owner_public: bytes, collateral: Path | None = None
+) -> BrokerServer:
     """Starts a key broker in threads of this process.
 
     Args:
         listen: "host:port"; port 0 lets the kernel choose one.
         home: directory of its key, installed documents and audit log (made with mode 0700).
         owner_public: the owner's public key (32 bytes).
+        collateral: directory of the vendors' documents, read anew when it changes.
 
     Raises:
         KeyFileError: the broker's key file cannot be used.
+        CollateralUnusable: the directory cannot be read.
         OSError: the address cannot be listened on.
     """
-    broker = KeyBroker(BrokerStore(home), owner_public)
+    documents: Callable[[], Collateral] = Collateral
+    if collateral is not None:
+        documents = CollateralDirectory(collateral)
+        # What is wrong with it is said now, not at the first admission.
+        documents()
+    broker = KeyBroker(BrokerStore(home), owner_public, collateral=documents)
     pool = ThreadPoolExecutor(MAX_WATCHERS + _UNARY_THREADS, thread_name_prefix="broker")
     server = grpc.server(pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
     servicer = _Servicer(broker)
@@ -220,6 +231,7 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
             ),
             evidence=Evidence(request.evidence_kind, request.evidence),
             notes=tuple(request.notes),
+            device_evidence=request.device_evidence,
         )
         return _answer(
             context,

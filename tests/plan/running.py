@@ -89,6 +89,7 @@ class RunningPlan:
         splits: layers at which a new stage begins.
         tp: tensor-parallel ranks of every stage.
         entry: interpreter arguments that start a shard process.
+        collateral: directory of vendors' documents for the broker.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class RunningPlan:
         step_deadline_ms: int = 30_000,
         entry: Sequence[str] = ENTRY,
         start: bool = True,
+        collateral: Path | None = None,
     ) -> None:
         self.model = model
         self.stages = len(splits) + 1
@@ -116,6 +118,7 @@ class RunningPlan:
         self.errors: dict[str, str] = {}
         self._changed = threading.Condition()
         self._start = start
+        self._collateral = collateral
 
         config = json.loads((model / "config.json").read_text())
         self.manifest = build_manifest(model)
@@ -146,7 +149,8 @@ class RunningPlan:
 
     def __enter__(self) -> RunningPlan:
         try:
-            self.broker = start_broker("127.0.0.1:0", self.directory / "broker", self.owner_public)
+            home = self.directory / "broker"
+            self.broker = start_broker("127.0.0.1:0", home, self.owner_public, self._collateral)
             self._install()
             if self._start:
                 for role in self.template.roles:

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from security_samples import HARDWARE, OPEN, SIMULATED, Lab
 
 from security import errors
+from security.attestation import appraise
 from security.attestation.enrolled import EnrolledCollector, Enrolment, Enrolments
 from security.attestation.evidence import Binding, Evidence
 from security.attestation.simulated import SimulatedCollector
@@ -254,7 +255,8 @@ def test_simulated_evidence_for_an_enrolled_role(tmp_path: Path) -> None:
     refused(lab, errors.EvidenceKindRefused, lab.request())
 
 
-def test_kind_without_a_verifier(tmp_path: Path) -> None:
+def test_kind_without_a_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appraise, "MACHINE_VERIFIERS", {})
     lab = Lab(tmp_path, HARDWARE)
     lab.install()
     refused(
