@@ -55,11 +55,12 @@ test-cluster: $(VENV)/.developing ## tests with `ray up` on network namespaces; 
 	$(BIN)/python -m pytest -m cluster
 
 # Results go to .bench/results; benchmarks/README.md says how to read them.
-bench: $(VENV)/.installed ## measure links, engine, plan and a long prompt; ten minutes
+bench: $(VENV)/.installed ## measure links, engine, plan, a long prompt, verdicts on evidence; ten minutes
 	$(BIN)/python -m benchmarks.links
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.stall
+	$(BIN)/python -m benchmarks.attestation
 
 bench-poisson: $(VENV)/.installed ## measure random arrivals; five minutes
 	$(BIN)/python -m benchmarks.poisson
