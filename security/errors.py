@@ -226,6 +226,24 @@ class TsmFailed(CollectionError):
     code = "tsm_failed"
 
 
+class TpmUnavailable(CollectionError):
+    """There is no TPM, or this user may not use it."""
+
+    code = "tpm_unavailable"
+
+
+class TpmFailed(CollectionError):
+    """The TPM refused a command or answered something else."""
+
+    code = "tpm_failed"
+
+
+class MetadataServiceFailed(CollectionError):
+    """Azure's instance metadata service did not answer as documented."""
+
+    code = "metadata_service_failed"
+
+
 # -- rosters ----------------------------------------------------------------------------------
 
 

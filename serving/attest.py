@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from placement.policy import Policy
+from security.attestation.azure_collector import AzureCollector
 from security.attestation.composite import judge_evidence
 from security.attestation.document_files import read_file
 from security.attestation.evidence import composite_report_data, encode_parts, gpu_nonce
@@ -27,7 +28,13 @@ from security.attestation.inspection import inspect_document
 from security.attestation.nvml import collect_gpus
 from security.attestation.tsm import TsmCollector
 from security.attestation.verdict import Check, Verdict
-from security.errors import AppraisalError, FileUnusable
+from security.errors import (
+    AppraisalError,
+    FileUnusable,
+    TpmFailed,
+    TpmUnavailable,
+    TsmUnavailable,
+)
 from serving.errors import UsageError
 from serving.planning import load_policy
 
@@ -255,19 +262,15 @@ def collect(settings: CollectSettings, console: Console) -> int:
     """
     if settings.output.exists():
         raise UsageError(f"{settings.output}: expected a directory that is still to be made")
-    collector = TsmCollector.detect(
-        settings.configfs,
-        settings.acpi_tables,
-        privilege_level=settings.privilege_level,
-        service_provider=settings.service_provider,
-    )
+    collector = _machine_collector(settings)
     # The devices answer first: the machine's evidence is bound to what they say.
     devices = collect_gpus(gpu_nonce(settings.nonce)) if settings.gpus else {}
+    data = settings.nonce
     if devices:
-        report_data = composite_report_data(settings.nonce, encode_parts(devices))
-    else:
-        report_data = settings.nonce.ljust(_REPORT_DATA_BYTES, b"\0")
-    parts = collector.collect_parts(report_data)
+        data = composite_report_data(settings.nonce, encode_parts(devices))
+    if isinstance(collector, TsmCollector):
+        data = data.ljust(_REPORT_DATA_BYTES, b"\0")
+    parts = collector.collect_parts(data)
     settings.output.mkdir(mode=0o700, parents=True)
     for name, content in (parts | devices).items():
         suffix = "pem" if name.endswith(".chain") else "bin"
@@ -278,6 +281,24 @@ def collect(settings: CollectSettings, console: Console) -> int:
         soft_wrap=True,
     )
     return ACCEPTED
+
+
+def _machine_collector(settings: CollectSettings) -> TsmCollector | AzureCollector:
+    """The kernel's report device, else Azure's vTPM."""
+    try:
+        return TsmCollector.detect(
+            settings.configfs,
+            settings.acpi_tables,
+            privilege_level=settings.privilege_level,
+            service_provider=settings.service_provider,
+        )
+    except TsmUnavailable:
+        try:
+            return AzureCollector.detect()
+        except (TpmUnavailable, TpmFailed):
+            # Neither is there; what was asked for first is what is said.
+            pass
+        raise
 
 
 # -- values of options --------------------------------------------------------------------------

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Protocol
 
 from security.attestation import nvml, tsm
+from security.attestation.azure_collector import KIND as AZURE
+from security.attestation.azure_collector import AzureCollector
 from security.attestation.enrolled import KIND as ENROLLED
 from security.attestation.enrolled import EnrolledCollector
 from security.attestation.evidence import Evidence, encode_parts
 from security.attestation.simulated import KIND as SIMULATED
 from security.attestation.simulated import SimulatedCollector
-from security.errors import NoCollector, TsmProviderUnknown, TsmUnavailable
+from security.errors import (
+    NoCollector,
+    TpmFailed,
+    TpmUnavailable,
+    TsmProviderUnknown,
+    TsmUnavailable,
+)
 
 NVIDIA = "nvidia"
 
@@ -47,6 +55,8 @@ def choose_collector(
     hardware: Collector | None = None
     if set(accepted) & set(tsm.KINDS.values()):
         hardware = _kernel_collector()
+    if hardware is None and AZURE in accepted:
+        hardware = _azure_collector()
     for kind in accepted:
         if hardware is not None and kind == hardware.kind:
             return hardware
@@ -67,6 +77,14 @@ def _kernel_collector() -> Collector | None:
     try:
         return tsm.TsmCollector.detect(tsm.REPORTS, tsm.ACPI_TABLES)
     except (TsmUnavailable, TsmProviderUnknown):
+        return None
+
+
+def _azure_collector() -> Collector | None:
+    """Azure's vTPM, if this machine has one."""
+    try:
+        return AzureCollector.detect()
+    except (TpmUnavailable, TpmFailed):
         return None
 
 

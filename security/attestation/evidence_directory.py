@@ -195,6 +195,10 @@ class _Reading:
                 self._machine("tdx")[name] = read_file(path)
         if given.endorsement is not None:
             self.endorsements = self._certificates(given.endorsement)
+            # A better one that came with the evidence must not hide it.
+            self.machines.get("sev-snp", {}).pop("certificates", None)
+            if "vcek" in self.machines.get("azure-vtpm", {}):
+                self._machine("azure-vtpm")["vcek"] = self.endorsements[0]
         for path in given.rims:
             self._add(path.name, read_file(path))
 

@@ -116,8 +116,9 @@ def inspect_document(data: bytes) -> list[Section]:
         return _json(data)
     if len(data) == SNP_REPORT_BYTES:
         return _snp(data)
-    if re.fullmatch(rb"[0-9A-Fa-f\s]+", data):
-        return _spdm(bytes.fromhex(data.decode("ascii")), "device")
+    digits = b"".join(data.split())
+    if re.fullmatch(rb"(?:[0-9A-Fa-f]{2})+", digits):
+        return _spdm(bytes.fromhex(digits.decode("ascii")), "device")
     if b"Spec ID Event03" in data[:64]:
         return _event_log(data)
     if version in _QUOTE_VERSIONS:

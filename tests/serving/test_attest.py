@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,13 +14,17 @@ import nvidia_machine
 import pytest
 from attest_runs import attest
 from hardware_lab import policy_text, snp_kernel, write_collateral
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nvml_stand_in import NvmlStandIn
 from snp_machine import NOW, SnpMachine
 from tsm_mount import mounted, needs_mount
 
 from security.attestation import document_files
 from security.attestation.evidence import composite_report_data, encode_parts, gpu_nonce
+from security.attestation.inspection import inspect_document
 from security.attestation.nvml import collect_gpus
+from security.errors import AppraisalError
 from serving import attest as command
 from serving import cli
 
@@ -27,6 +32,7 @@ Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
 MACHINE = SnpMachine(product="Genoa")
 NONCE = bytes(range(1, 33))
+REPORT = MACHINE.report()
 GPUS = nvidia_machine.machine(2, 0).devices
 
 
@@ -344,3 +350,50 @@ def test_escapes_do_not_reach_the_terminal(capsys: Capture, tmp_path: Path) -> N
     path.write_text('[["JWT", "\\u001b[31mred"], {}]')
     cli.run(["attest", "check", str(tmp_path)])
     assert "\x1b[31m" not in capsys.readouterr().out
+
+
+def test_given_certificate_replaces_the_table(
+    capsys: Capture, evidence: Path, policy: Path, tmp_path: Path
+) -> None:
+    """The good certificate in the host's table does not hide the one that was named."""
+    (tmp_path / "other.der").write_bytes(SnpMachine(product="Milan").endorsement())
+    answer = attest(capsys, evidence, "--at", NOW, "--vcek", tmp_path / "other.der")
+    assert answer.code == 1
+    assert "snp_product_mismatch" in answer.failures
+
+
+_BEGINNINGS = [
+    b"HCLA",
+    b"BHEV1",
+    b"CCEL",
+    b"\xffTCG",
+    b"\x11\xe0\x01\xff",
+    b"\x30\x82",
+    b"-----BEGIN CERTIFICATE-----\n",
+    b"<SoftwareIdentity>",
+    b'{"version": 1, "hcl_report": "',
+    b'[["JWT", "a.e30.c',
+    b'[{"arch": "HOPPER"',
+    b'{"tcb_info"',
+    b"\x04\0\2\0\x81\0\0\0",
+    b"\x03\0\2\0\0\0\0\0",
+    b"a1b2",
+    b"",
+]
+
+
+@given(st.sampled_from(_BEGINNINGS), st.binary(max_size=2000))
+@settings(max_examples=400, deadline=None)
+def test_inspection_refuses_by_name_only(beginning: bytes, rest: bytes) -> None:
+    with contextlib.suppress(AppraisalError):
+        inspect_document(beginning + rest)
+
+
+@given(st.integers(0, 1183), st.integers(0, 255), st.integers(0, 1184))
+@settings(max_examples=100, deadline=None)
+def test_inspection_of_changed_reports(position: int, value: int, end: int) -> None:
+    report = bytearray(REPORT)
+    report[position] = value
+    for data in (bytes(report), bytes(report[:end])):
+        with contextlib.suppress(AppraisalError):
+            inspect_document(data)
