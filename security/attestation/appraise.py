@@ -75,6 +75,7 @@ def appraise(
     collateral: Collateral | None = None,
     device_evidence: bytes = b"",
     device_nonce: bytes = b"",
+    region: str | None = None,
 ) -> Claims:
     """Verifies evidence.
 
@@ -90,6 +91,7 @@ def appraise(
             machine's evidence is bound to them is for the caller, who knows the digest in
             `report_data`.
         device_nonce: the 32 bytes that the devices must have answered.
+        region: where the machine says that it is, for kinds of evidence that say nothing of it.
 
     Returns:
         What the evidence proves. Whether that is enough is for `placement.verify.verify_claims`.
@@ -116,6 +118,7 @@ def appraise(
         enrolments=enrolments,
         now=now,
         collateral=known,
+        region=region,
     )
     devices = _appraise_devices(
         role=role,
@@ -136,6 +139,7 @@ def _machine_claims(
     enrolments: Enrolments,
     now: int,
     collateral: Collateral,
+    region: str | None,
 ) -> Claims:
     if evidence.kind == simulated.KIND:
         return appraise_simulated(evidence, report_data)
@@ -161,7 +165,7 @@ def _machine_claims(
         node=verdict.identity or UNIDENTIFIED,
         product=verdict.product,
         measurement=verdict.measurement,
-        region=None,
+        region=region,
         region_source=RegionSource.DECLARED,
         # Nothing in the evidence says yet that the image keeps Ray's user away from shards.
         hardened=False,

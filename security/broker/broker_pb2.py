@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csecurity/broker/broker.proto\x12\x0f\x62ulkhead.broker\"\x11\n\x0fIdentityRequest\"8\n\rIdentityReply\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\"m\n\x0eInstallRequest\x12\x0e\n\x06policy\x18\x01 \x01(\x0c\x12\x10\n\x08template\x18\x02 \x01(\x0c\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x12\n\nenrolments\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"\"\n\x0cInstallReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"2\n\x10\x43hallengeRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"h\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06policy\x18\x02 \x01(\x0c\x12\x10\n\x08template\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"\xc3\x01\n\rStatedBinding\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x11\n\tshard_key\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x12\n\nbroker_key\x18\x06 \x01(\x0c\x12\x15\n\rpolicy_digest\x18\x07 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x08 \x01(\t\x12\x1b\n\x13gpu_evidence_digest\x18\t \x01(\t\"\x81\x02\n\x0c\x41\x64mitRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x11\n\tshard_key\x18\x04 \x01(\x0c\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x17\n\x0fingress_address\x18\x06 \x01(\t\x12/\n\x07\x62inding\x18\x07 \x01(\x0b\x32\x1e.bulkhead.broker.StatedBinding\x12\x15\n\revidence_kind\x18\x08 \x01(\t\x12\x10\n\x08\x65vidence\x18\t \x01(\x0c\x12\r\n\x05notes\x18\n \x03(\t\x12\x17\n\x0f\x64\x65vice_evidence\x18\x0b \x01(\x0c\"#\n\nAdmitReply\x12\x15\n\rsealed_secret\x18\x01 \x01(\x0c\"P\n\x0cWatchRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bknown_epoch\x18\x03 \x01(\x0c\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\x1c\n\nWatchReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\"V\n\x11RenewEpochRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x14\n\x0c\x62roken_epoch\x18\x03 \x01(\x0c\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\x11\n\x0fRenewEpochReply\"J\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\r\n\x0bReportReply\"$\n\x10GetRosterRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"W\n\x0eGetRosterReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\x12\x10\n\x08template\x18\x02 \x01(\x0c\x12\x0e\n\x06policy\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\"!\n\rRetireRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\r\n\x0bRetireReply2\xb6\x05\n\tKeyBroker\x12L\n\x08Identity\x12 .bulkhead.broker.IdentityRequest\x1a\x1e.bulkhead.broker.IdentityReply\x12I\n\x07Install\x12\x1f.bulkhead.broker.InstallRequest\x1a\x1d.bulkhead.broker.InstallReply\x12O\n\tChallenge\x12!.bulkhead.broker.ChallengeRequest\x1a\x1f.bulkhead.broker.ChallengeReply\x12\x43\n\x05\x41\x64mit\x12\x1d.bulkhead.broker.AdmitRequest\x1a\x1b.bulkhead.broker.AdmitReply\x12\x45\n\x05Watch\x12\x1d.bulkhead.broker.WatchRequest\x1a\x1b.bulkhead.broker.WatchReply0\x01\x12R\n\nRenewEpoch\x12\".bulkhead.broker.RenewEpochRequest\x1a .bulkhead.broker.RenewEpochReply\x12\x46\n\x06Report\x12\x1e.bulkhead.broker.ReportRequest\x1a\x1c.bulkhead.broker.ReportReply\x12O\n\tGetRoster\x12!.bulkhead.broker.GetRosterRequest\x1a\x1f.bulkhead.broker.GetRosterReply\x12\x46\n\x06Retire\x12\x1e.bulkhead.broker.RetireRequest\x1a\x1c.bulkhead.broker.RetireReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csecurity/broker/broker.proto\x12\x0f\x62ulkhead.broker\"\x11\n\x0fIdentityRequest\"8\n\rIdentityReply\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\"m\n\x0eInstallRequest\x12\x0e\n\x06policy\x18\x01 \x01(\x0c\x12\x10\n\x08template\x18\x02 \x01(\x0c\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x12\n\nenrolments\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"\"\n\x0cInstallReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"2\n\x10\x43hallengeRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"h\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0e\n\x06policy\x18\x02 \x01(\x0c\x12\x10\n\x08template\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"\xc3\x01\n\rStatedBinding\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x11\n\tshard_key\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x10\n\x08instance\x18\x05 \x01(\t\x12\x12\n\nbroker_key\x18\x06 \x01(\x0c\x12\x15\n\rpolicy_digest\x18\x07 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x08 \x01(\t\x12\x1b\n\x13gpu_evidence_digest\x18\t \x01(\t\"\x91\x02\n\x0c\x41\x64mitRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x11\n\tshard_key\x18\x04 \x01(\x0c\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x17\n\x0fingress_address\x18\x06 \x01(\t\x12/\n\x07\x62inding\x18\x07 \x01(\x0b\x32\x1e.bulkhead.broker.StatedBinding\x12\x15\n\revidence_kind\x18\x08 \x01(\t\x12\x10\n\x08\x65vidence\x18\t \x01(\x0c\x12\r\n\x05notes\x18\n \x03(\t\x12\x17\n\x0f\x64\x65vice_evidence\x18\x0b \x01(\x0c\x12\x0e\n\x06region\x18\x0c \x01(\t\"#\n\nAdmitReply\x12\x15\n\rsealed_secret\x18\x01 \x01(\x0c\"P\n\x0cWatchRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bknown_epoch\x18\x03 \x01(\x0c\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\x1c\n\nWatchReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\"V\n\x11RenewEpochRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x14\n\x0c\x62roken_epoch\x18\x03 \x01(\x0c\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\x11\n\x0fRenewEpochReply\"J\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03mac\x18\x04 \x01(\x0c\"\r\n\x0bReportReply\"$\n\x10GetRosterRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"W\n\x0eGetRosterReply\x12\x0e\n\x06roster\x18\x01 \x01(\x0c\x12\x10\n\x08template\x18\x02 \x01(\x0c\x12\x0e\n\x06policy\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\"!\n\rRetireRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\r\n\x0bRetireReply2\xb6\x05\n\tKeyBroker\x12L\n\x08Identity\x12 .bulkhead.broker.IdentityRequest\x1a\x1e.bulkhead.broker.IdentityReply\x12I\n\x07Install\x12\x1f.bulkhead.broker.InstallRequest\x1a\x1d.bulkhead.broker.InstallReply\x12O\n\tChallenge\x12!.bulkhead.broker.ChallengeRequest\x1a\x1f.bulkhead.broker.ChallengeReply\x12\x43\n\x05\x41\x64mit\x12\x1d.bulkhead.broker.AdmitRequest\x1a\x1b.bulkhead.broker.AdmitReply\x12\x45\n\x05Watch\x12\x1d.bulkhead.broker.WatchRequest\x1a\x1b.bulkhead.broker.WatchReply0\x01\x12R\n\nRenewEpoch\x12\".bulkhead.broker.RenewEpochRequest\x1a .bulkhead.broker.RenewEpochReply\x12\x46\n\x06Report\x12\x1e.bulkhead.broker.ReportRequest\x1a\x1c.bulkhead.broker.ReportReply\x12O\n\tGetRoster\x12!.bulkhead.broker.GetRosterRequest\x1a\x1f.bulkhead.broker.GetRosterReply\x12\x46\n\x06Retire\x12\x1e.bulkhead.broker.RetireRequest\x1a\x1c.bulkhead.broker.RetireReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,29 +47,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATEDBINDING']._serialized_start=432
   _globals['_STATEDBINDING']._serialized_end=627
   _globals['_ADMITREQUEST']._serialized_start=630
-  _globals['_ADMITREQUEST']._serialized_end=887
-  _globals['_ADMITREPLY']._serialized_start=889
-  _globals['_ADMITREPLY']._serialized_end=924
-  _globals['_WATCHREQUEST']._serialized_start=926
-  _globals['_WATCHREQUEST']._serialized_end=1006
-  _globals['_WATCHREPLY']._serialized_start=1008
-  _globals['_WATCHREPLY']._serialized_end=1036
-  _globals['_RENEWEPOCHREQUEST']._serialized_start=1038
-  _globals['_RENEWEPOCHREQUEST']._serialized_end=1124
-  _globals['_RENEWEPOCHREPLY']._serialized_start=1126
-  _globals['_RENEWEPOCHREPLY']._serialized_end=1143
-  _globals['_REPORTREQUEST']._serialized_start=1145
-  _globals['_REPORTREQUEST']._serialized_end=1219
-  _globals['_REPORTREPLY']._serialized_start=1221
-  _globals['_REPORTREPLY']._serialized_end=1234
-  _globals['_GETROSTERREQUEST']._serialized_start=1236
-  _globals['_GETROSTERREQUEST']._serialized_end=1272
-  _globals['_GETROSTERREPLY']._serialized_start=1274
-  _globals['_GETROSTERREPLY']._serialized_end=1361
-  _globals['_RETIREREQUEST']._serialized_start=1363
-  _globals['_RETIREREQUEST']._serialized_end=1396
-  _globals['_RETIREREPLY']._serialized_start=1398
-  _globals['_RETIREREPLY']._serialized_end=1411
-  _globals['_KEYBROKER']._serialized_start=1414
-  _globals['_KEYBROKER']._serialized_end=2108
+  _globals['_ADMITREQUEST']._serialized_end=903
+  _globals['_ADMITREPLY']._serialized_start=905
+  _globals['_ADMITREPLY']._serialized_end=940
+  _globals['_WATCHREQUEST']._serialized_start=942
+  _globals['_WATCHREQUEST']._serialized_end=1022
+  _globals['_WATCHREPLY']._serialized_start=1024
+  _globals['_WATCHREPLY']._serialized_end=1052
+  _globals['_RENEWEPOCHREQUEST']._serialized_start=1054
+  _globals['_RENEWEPOCHREQUEST']._serialized_end=1140
+  _globals['_RENEWEPOCHREPLY']._serialized_start=1142
+  _globals['_RENEWEPOCHREPLY']._serialized_end=1159
+  _globals['_REPORTREQUEST']._serialized_start=1161
+  _globals['_REPORTREQUEST']._serialized_end=1235
+  _globals['_REPORTREPLY']._serialized_start=1237
+  _globals['_REPORTREPLY']._serialized_end=1250
+  _globals['_GETROSTERREQUEST']._serialized_start=1252
+  _globals['_GETROSTERREQUEST']._serialized_end=1288
+  _globals['_GETROSTERREPLY']._serialized_start=1290
+  _globals['_GETROSTERREPLY']._serialized_end=1377
+  _globals['_RETIREREQUEST']._serialized_start=1379
+  _globals['_RETIREREQUEST']._serialized_end=1412
+  _globals['_RETIREREPLY']._serialized_start=1414
+  _globals['_RETIREREPLY']._serialized_end=1427
+  _globals['_KEYBROKER']._serialized_start=1430
+  _globals['_KEYBROKER']._serialized_end=2124
 # @@protoc_insertion_point(module_scope)

@@ -84,7 +84,7 @@ class StatedBinding(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., shard_key: _Optional[bytes] = ..., role: _Optional[str] = ..., cluster: _Optional[str] = ..., instance: _Optional[str] = ..., broker_key: _Optional[bytes] = ..., policy_digest: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., gpu_evidence_digest: _Optional[str] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
-    __slots__ = ("nonce", "instance", "role", "shard_key", "link_address", "ingress_address", "binding", "evidence_kind", "evidence", "notes", "device_evidence")
+    __slots__ = ("nonce", "instance", "role", "shard_key", "link_address", "ingress_address", "binding", "evidence_kind", "evidence", "notes", "device_evidence", "region")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class AdmitRequest(_message.Message):
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     nonce: bytes
     instance: str
     role: str
@@ -107,7 +108,8 @@ class AdmitRequest(_message.Message):
     evidence: bytes
     notes: _containers.RepeatedScalarFieldContainer[str]
     device_evidence: bytes
-    def __init__(self, nonce: _Optional[bytes] = ..., instance: _Optional[str] = ..., role: _Optional[str] = ..., shard_key: _Optional[bytes] = ..., link_address: _Optional[str] = ..., ingress_address: _Optional[str] = ..., binding: _Optional[_Union[StatedBinding, _Mapping]] = ..., evidence_kind: _Optional[str] = ..., evidence: _Optional[bytes] = ..., notes: _Optional[_Iterable[str]] = ..., device_evidence: _Optional[bytes] = ...) -> None: ...
+    region: str
+    def __init__(self, nonce: _Optional[bytes] = ..., instance: _Optional[str] = ..., role: _Optional[str] = ..., shard_key: _Optional[bytes] = ..., link_address: _Optional[str] = ..., ingress_address: _Optional[str] = ..., binding: _Optional[_Union[StatedBinding, _Mapping]] = ..., evidence_kind: _Optional[str] = ..., evidence: _Optional[bytes] = ..., notes: _Optional[_Iterable[str]] = ..., device_evidence: _Optional[bytes] = ..., region: _Optional[str] = ...) -> None: ...
 
 class AdmitReply(_message.Message):
     __slots__ = ("sealed_secret",)

@@ -278,6 +278,7 @@ class BrokerClient:
         observed_manifest_digest: str,
         notes: Sequence[str] = (),
         device_evidence: bytes = b"",
+        region: str | None = None,
     ) -> Membership:
         """Presents evidence; the membership uses this client but does not close it.
 
@@ -290,6 +291,7 @@ class BrokerClient:
             observed_manifest_digest: what the shard found on its disk.
             notes: what differs from the manifest, for the broker's log.
             device_evidence: what went into the binding; b"" for none.
+            region: declared region of this node, if known.
 
         Raises:
             AdmissionRefused: with the code of the rule that does not hold.
@@ -304,6 +306,7 @@ class BrokerClient:
             observed_manifest_digest=observed_manifest_digest,
             notes=notes,
             device_evidence=device_evidence,
+            region=region,
         )
         return Membership(self, challenge, shard_private_key, secret)
 
@@ -318,6 +321,7 @@ class BrokerClient:
         observed_manifest_digest: str,
         notes: Sequence[str],
         device_evidence: bytes,
+        region: str | None,
     ) -> bytes:
         shard_key = shard_private_key.public_key().public_bytes_raw()
         binding = challenge.binding(shard_key, observed_manifest_digest, device_evidence)
@@ -343,6 +347,7 @@ class BrokerClient:
             evidence=evidence.body,
             notes=[printable(note, MAX_NOTE_LENGTH) for note in notes[:MAX_NOTES]],
             device_evidence=device_evidence,
+            region=region or "",
         )
         reply: broker_pb2.AdmitReply = self._call(
             lambda: self._stub.Admit(request, timeout=CALL_TIMEOUT_S)
@@ -659,6 +664,7 @@ class _Candidate:
             observed_manifest_digest=observed,
             notes=notes,
             device_evidence=devices,
+            region=self.region,
         )
 
     def prove_again(self, template_digest: str) -> bytes:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from placement.plan import NAME, RoleTemplate
+from placement.plan import NAME, REGION, RoleTemplate
 from placement.verify import (
     Claims,
     PlanRejected,
@@ -110,6 +110,7 @@ class AdmissionRequest:
     evidence: Evidence
     notes: tuple[str, ...]
     device_evidence: bytes = b""
+    region: str = ""
 
 
 @dataclass(slots=True)
@@ -395,6 +396,7 @@ class KeyBroker:
                 now=int(self._clock()),
                 collateral=self._collateral(),
                 device_evidence=request.device_evidence,
+                region=request.region or None,
                 device_nonce=gpu_nonce(request.nonce),
             )
             return self._admitted(request, documents, role, claims, where)
@@ -745,5 +747,7 @@ def _check_shape(request: AdmissionRequest) -> None:
     ):
         if (address or name == "link_address") and re.fullmatch(ADDRESS, address) is None:
             raise MalformedInput(f"{name}: expected host:port, found {address[:64]!r}")
+    if request.region and re.fullmatch(REGION, request.region) is None:
+        raise MalformedInput(f"region: expected a name like eu-west, found {request.region[:64]!r}")
     if len(request.notes) > MAX_NOTES or any(len(n) > MAX_NOTE_LENGTH for n in request.notes):
         raise MalformedInput(f"notes: expected at most {MAX_NOTES} of {MAX_NOTE_LENGTH} characters")

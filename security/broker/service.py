@@ -232,6 +232,7 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
             evidence=Evidence(request.evidence_kind, request.evidence),
             notes=tuple(request.notes),
             device_evidence=request.device_evidence,
+            region=request.region,
         )
         return _answer(
             context,

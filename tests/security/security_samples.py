@@ -106,7 +106,7 @@ def make_template(policy: Policy, manifest: Manifest, **changes: object) -> Plan
             exposes=(DataClass.PROMPT, DataClass.ACTIVATIONS, DataClass.WEIGHTS),
             trust=trust,
             evidence=evidence,
-            regions=(),
+            regions=policy.regions,
             memory_bytes=1 << 20,
         )
         for i in range(2)

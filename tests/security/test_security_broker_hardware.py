@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +225,20 @@ def test_plan_replaced_meanwhile(lab: HardwareLab, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(key_broker, "appraise", slow)
     assert refused(lab, lab.request(collect=collector(MACHINE).collect)) == "plan_replaced"
+
+
+def test_regions_are_as_declared(tmp_path: Path) -> None:
+    """Evidence says no region: what the shard declares counts, and nothing counts as any."""
+    document = {**json.loads(policy_text(MACHINE)), "regions": ["eu-west"]}
+    lab = make_lab(tmp_path, json.dumps(document))
+    asked = lab.request(collect=collector(MACHINE).collect)
+    assert refused(lab, asked) == "claims_rejected"
+    asked = lab.request(collect=collector(MACHINE).collect)
+    assert refused(lab, replace(asked, region="us-east")) == "claims_rejected"
+    asked = lab.request(collect=collector(MACHINE).collect)
+    assert refused(lab, replace(asked, region="eu west")) == "malformed_input"
+    asked = lab.request(collect=collector(MACHINE).collect)
+    assert lab.broker.admit(replace(asked, region="eu-west"), "test")
 
 
 def test_times(lab: HardwareLab) -> None:
