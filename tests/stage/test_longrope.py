@@ -240,6 +240,36 @@ def test_logits_are_the_models_whoever_else_is_in_the_step(
     torch.testing.assert_close(stage.logits(hidden), wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(load_library() is None, reason="this processor has no AVX-512")
+def test_the_decoders_tables_grow_as_long_rows_come(
+    tmp_path: Path, open_files: Callable[[Path], ModelFiles]
+) -> None:
+    """They begin with 512 rows, and long rows come behind 600 others."""
+    rotary = {**longrope(8), ORIGINAL: 600}
+    write_checkpoint("llama", tmp_path, rope_parameters=rotary, max_position_embeddings=2048)
+    files = open_files(tmp_path)
+    sizes = {"block_size": 16, "cache_blocks": 100, "max_context": 1280}
+    native = StageRunner(files, settings(0, 1, **sizes))
+    exact = StageRunner.on_device(
+        open_checkpoint(files, settings(0, 1, **sizes)), settings(0, 1, **sizes), CPU
+    )
+    for slot, start, count, long in (
+        (0, 0, 40, False),
+        (1, 0, 40, True),
+        (1, 40, 1, True),
+        (0, 40, 560, False),
+        (1, 41, 640, True),
+        (0, 600, 1, True),
+        (1, 681, 10, True),
+    ):
+        table = tuple(range(50 * slot, 50 * slot + -(-(start + count) // 16)))
+        header = StepHeader(0, (SequenceStep(slot, start, count, table, False, long=long),))
+        ids = torch.randint(0, 90, (count,)).tolist()
+        found, wanted = (stage.forward(header, token_ids=ids) for stage in (native, exact))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    native.close()
+
+
 @pytest.mark.parametrize("backend", ["torch", "device"])
 def test_a_context_up_to_the_border_has_no_long_rows(
     backend: str,
