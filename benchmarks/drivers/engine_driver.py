@@ -74,6 +74,7 @@ class LocalEngine:
                 block_size=template.block_size,
                 cache_blocks=template.cache_blocks,
                 vocabulary=template.vocabulary,
+                rotary_border=stage.rotary_border,
             ),
             runner,
             _NoText(),

@@ -4,6 +4,7 @@ A block that a sequence has filled is published under a name that stands for its
 token up to its end. A later sequence of the same tenant that begins with the same tokens takes the
 block over instead of computing it (the idea of vLLM's automatic prefix caching; the chain of
 hashes, and why it needs a salt, in "Auditing Prompt Caching in Language Model APIs", ICML '25).
+Sequences all of whose rows are long (see `RotaryBorder`) have names of their own.
 
 Names begin with a keyed hash of the tenant under a secret of this process: no tenant can find, or
 measure the absence of, what another has asked.
@@ -20,6 +21,7 @@ from collections.abc import Sequence as Many
 __all__ = ["BlockAllocator", "PrefixNames"]
 
 _NAME_BYTES = 32
+_LONG = b"long"
 
 
 class PrefixNames:
@@ -41,6 +43,8 @@ class PrefixNames:
         count: int,
         tenant: bytes,
         tokens: Callable[[int, int], list[int]],
+        *,
+        long: bool = False,
     ) -> None:
         """Appends the missing ones of the first `count` names.
 
@@ -49,14 +53,18 @@ class PrefixNames:
             count: full blocks that are to have a name.
             tenant: whose sequence it is.
             tokens: the token ids of positions (start, number of positions).
+            long: whether all its rows are long: keys of the same tokens are then others.
         """
         while len(names) < count:
-            before = names[-1] if names else self._root(tenant)
+            before = names[-1] if names else self._root(tenant, long)
             ids = self._ids.pack(*tokens(len(names) * self._block_size, self._block_size))
             names.append(hashlib.blake2b(before + ids, digest_size=_NAME_BYTES).digest())
 
-    def _root(self, tenant: bytes) -> bytes:
-        return hashlib.blake2b(tenant, digest_size=_NAME_BYTES, key=self._secret).digest()
+    def _root(self, tenant: bytes, long: bool) -> bytes:
+        kind = _LONG if long else b""
+        return hashlib.blake2b(
+            tenant, digest_size=_NAME_BYTES, key=self._secret, person=kind
+        ).digest()
 
 
 class BlockAllocator:

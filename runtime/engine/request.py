@@ -116,6 +116,7 @@ class Sequence:
         planned: positions that will be there when the steps in flight have come back.
         blocks: cache blocks held, in order of position.
         names: names of its first full blocks (see `PrefixNames`), as far as they were needed.
+        long: whether all its rows are long (see `RotaryBorder`), as of when it entered the queue.
         published: first blocks that are read only: found, or filled and offered to others.
         slot: name in every stage while running.
         admitted: whether the last stage knows of it under that slot.
@@ -144,6 +145,7 @@ class Sequence:
         self.planned = 0
         self.blocks: list[int] = []
         self.names: list[bytes] = []
+        self.long = False
         self.published = 0
         self.slot: int | None = None
         self.admitted = False

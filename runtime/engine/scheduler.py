@@ -18,6 +18,10 @@ prompts alone and is used while nothing decodes: a step without decodes would de
 the reading of the weights once more, where the same rows ride in a decode step.
 
 How much of a prompt rides along: see `_Allowance`.
+
+Longrope models (see `RotaryBorder`): an output that outgrows the border of a family that recomputes
+goes the way of a preempted sequence and waits for room as one. All of it is then long, so that none
+of its blocks is of use to it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from runtime.engine.blocks import BlockAllocator, PrefixNames
 from runtime.engine.pace import StepPace
 from runtime.engine.request import Sequence, Status
 from runtime.engine.runner import Recovery
+from runtime.stage.border import RotaryBorder
 from security.channel.admission import Admission
 from security.channel.frame import SequenceStep, StepHeader
 
@@ -55,6 +60,7 @@ class EngineLimits:
         vocabulary: token ids are below this.
         max_waiting: sequences that may wait for a place; more are refused. One tenant may take
             seven eighths of the places.
+        rotary_border: of a longrope model; None for any other.
     """
 
     max_sequences: int
@@ -64,6 +70,7 @@ class EngineLimits:
     cache_blocks: int
     vocabulary: int
     max_waiting: int = 1024
+    rotary_border: RotaryBorder | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -209,11 +216,16 @@ class Scheduler:
             turns.newest = max(turns.newest, self._turn) + 1
             sequence.rank = (turns.newest, sequence.arrival)
             self._newest = max(self._newest, sequence.arrival)
+        if self._is_long(sequence) != sequence.long:
+            sequence.long = not sequence.long
+            sequence.names.clear()
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=_RANK)
 
     def schedule(self, in_flight: int) -> Step | None:
         """The next step, given the number of steps in flight; None when nothing can start."""
+        if self.limits.rotary_border is not None:
+            self._preempt_outgrown()
         streams = [sequence for sequence in self.running if sequence.decoding]
         if in_flight >= self._groups and (streams or not self._prompts_ready()):
             return None
@@ -229,7 +241,7 @@ class Scheduler:
         prompts = self._pick_prompts()
         while used < budget and (sequence := next(prompts, None)):
             allowed = min(budget, allowance.of(sequence))
-            count = min(sequence.remaining, allowed - used)
+            count = self._rows_alike(sequence, min(sequence.remaining, allowed - used))
             if count <= 0:
                 break
             used += count
@@ -275,6 +287,23 @@ class Scheduler:
         """Starts with an empty cache of so many blocks; nothing may be running."""
         assert not self.running, "what runs holds blocks of the old cache"
         self.blocks = BlockAllocator(cache_blocks, self.limits.block_size)
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        border = self.limits.rotary_border
+        prompt = len(sequence.request.prompt)
+        return border is not None and border.makes_long(prompt, sequence.length)
+
+    def _preempt_outgrown(self) -> None:
+        """Takes off the stages what has grown past the border and is to be computed anew."""
+        for sequence in [it for it in self.running if self._is_long(it) != it.long]:
+            self._preempt(sequence)
+
+    def _rows_alike(self, sequence: Sequence, count: int) -> int:
+        """So many of the sequence's next rows, or as many of them as are all long or all not."""
+        border = self.limits.rotary_border
+        if border is None or sequence.long or sequence.planned >= border.positions:
+            return count
+        return min(count, border.positions - sequence.planned)
 
     def _prompts_ready(self) -> bool:
         waiting = any(s.remaining > 0 and not s.decoding for s in self.running)
@@ -325,13 +354,18 @@ class Scheduler:
     def _find(self, sequence: Sequence) -> list[int]:
         """Cached blocks of its prefix. The last token is always computed: its logits are needed."""
         full = (sequence.length - 1) // self.limits.block_size
-        self._names.extend(sequence.names, full, sequence.tenant, sequence.tokens)
+        self._name(sequence, full)
         return self.blocks.find(sequence.names[:full])
+
+    def _name(self, sequence: Sequence, full: int) -> None:
+        self._names.extend(
+            sequence.names, full, sequence.tenant, sequence.tokens, long=sequence.long
+        )
 
     def _publish(self, sequence: Sequence) -> None:
         full = sequence.computed // self.limits.block_size
         if full > sequence.published:
-            self._names.extend(sequence.names, full, sequence.tenant, sequence.tokens)
+            self._name(sequence, full)
             for place in range(sequence.published, full):
                 self.blocks.publish(sequence.blocks[place], sequence.names[place])
             sequence.published = full
@@ -395,6 +429,7 @@ class Scheduler:
         token_ids: list[int] = []
         parts: list[Part] = []
         admissions: list[Admission] = []
+        border = self.limits.rotary_border
         for sequence, count in chosen:
             assert sequence.slot is not None, "a running sequence has a slot"
             start = sequence.planned
@@ -413,6 +448,7 @@ class Scheduler:
                     blocks=tuple(sequence.blocks[: self.blocks.needed(start + count)]),
                     sampled=last,
                     admitted=admitted,
+                    long=sequence.long or (border is not None and start >= border.positions),
                 )
             )
             sequence.in_flight += 1

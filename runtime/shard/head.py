@@ -15,6 +15,7 @@ from runtime.engine.openai import OpenAIService
 from runtime.engine.scheduler import EngineLimits
 from runtime.engine.tokenizer import load_tokenizer
 from runtime.shard.pipeline import HeadRunner
+from runtime.stage.families import parse_config, rotary_border
 from security.envelope import EnvelopeServer
 from security.manifest import ModelFiles
 
@@ -70,6 +71,7 @@ class Head:
             block_size=template.block_size,
             cache_blocks=template.cache_blocks,
             vocabulary=template.vocabulary,
+            rotary_border=rotary_border(*parse_config(files.read_file(CONFIG))),
         )
         self._engine = Engine(
             limits, self.runner, self._tokenizer, template.step_deadline_ms / 1000

@@ -53,7 +53,12 @@ class _View:
 
 
 class PagedStep:
-    """One step as attention needs it; shared by all layers of the stage.
+    """One step as layers need it; shared by all layers of the stage.
+
+    Attributes:
+        positions_1T: of the rows.
+        places_T: in the cache.
+        long_1T: which rows are long (see `RotaryBorder`), as booleans; None where none is.
 
     Args:
         cache: of this stage.
@@ -73,6 +78,10 @@ class PagedStep:
         self._device = cache.device
         self.positions_1T = torch.tensor([positions], device=self._device)
         self.places_T = torch.tensor(places, device=self._device)
+        self.long_1T: torch.Tensor | None = None
+        if any(sequence.long for sequence in header.sequences):
+            long = [s.long for s in header.sequences for _ in range(s.count)]
+            self.long_1T = torch.tensor([long], device=self._device)
         self._views: dict[int | None, _View] = {}
 
     def view(self, window: int | None) -> _View:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from runtime.stage.errors import CheckpointMismatch, UnsupportedModel
-from runtime.stage.families import DecoderParts, StoredPart, longrope_border, parse_config
+from runtime.stage.families import DecoderParts, StoredPart, parse_config
 from runtime.stage.settings import Progress, StageSettings
 
 if TYPE_CHECKING:
@@ -172,14 +172,6 @@ def open_checkpoint(files: ModelFiles, settings: StageSettings) -> StageCheckpoi
         raise UnsupportedModel(
             f"max_context: expected at most the model's {config.max_position_embeddings} "
             f"positions, found {settings.max_context}; plan with a shorter context"
-        )
-    border = longrope_border(config)
-    if border is not None and settings.max_context > border:
-        raise UnsupportedModel(
-            f"max_context: longrope: expected at most the {border} positions of "
-            f"original_max_position_embeddings, found {settings.max_context}; a longer sequence "
-            "is another one from its first position on, so that what is cached of it would be "
-            "wrong; plan with a shorter context"
         )
     return StageCheckpoint(files, family.decoder_on_meta(config), settings)
 

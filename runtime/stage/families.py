@@ -17,8 +17,10 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
+from runtime.stage.border import RotaryBorder
 from runtime.stage.dense_layer import rotation_name
 from runtime.stage.errors import UnsupportedModel
+from runtime.stage.rotations import LONGROPE, Rotations, rotary_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +32,16 @@ __all__ = [
     "DecoderParts",
     "ExpertNames",
     "Family",
-    "Rotations",
     "StoredPart",
-    "longrope_border",
     "parse_config",
+    "rotary_border",
 ]
 
 _MAX_CONFIG_BYTES = 1 << 20
-# Frequencies fixed by the configuration. "dynamic" depends on the longest position in the batch,
-# so a row's result would depend on its neighbours.
-_ROTARY_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+# Frequencies fixed by the configuration, two sets of them for longrope (see `RotaryBorder`).
+# "dynamic" depends on the longest position in the batch, so a row's result would depend on its
+# neighbours.
+_ROTARY_TYPES = ("default", "linear", "llama3", LONGROPE, "yarn")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # By what a configuration of that kind has; only to say why a model type is not in the table.
 _OTHER_ARCHITECTURES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -94,6 +96,7 @@ class Family:
         logits_divisor: the same for what the logits are divided by.
         logits_soft_cap: the same for the soft cap of the logits, which may be None.
         experts: names in checkpoints, where they are not transformers' own.
+        recomputes: its `generate` computes a longrope sequence that outgrows the border anew.
     """
 
     model_type: str
@@ -105,6 +108,7 @@ class Family:
     logits_divisor: str = ""
     logits_soft_cap: str = ""
     experts: ExpertNames | None = None
+    recomputes: bool = False
 
     def config_from(self, document: dict[str, object]) -> PretrainedConfig:
         """The configuration object. Raises UnsupportedModel where transformers refuses it."""
@@ -206,7 +210,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
             Family("olmo3", "Olmo3Config", "Olmo3ForCausalLM"),
             Family("olmoe", "OlmoeConfig", "OlmoeForCausalLM", experts=_QWEN_EXPERTS),
-            Family("phi3", "Phi3Config", "Phi3ForCausalLM"),
+            Family("phi3", "Phi3Config", "Phi3ForCausalLM", recomputes=True),
             Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
             Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeForCausalLM", experts=_QWEN_EXPERTS),
             Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
@@ -242,6 +246,11 @@ class DecoderParts:
         """The head uses the embedding's weight."""
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def rotary_border(self) -> RotaryBorder | None:
+        """See the function of that name."""
+        return rotary_border(self.family, self.config)
+
     @staticmethod
     def layer_name(index: int) -> str:
         """Name of a decoder layer, also the prefix of its tensors."""
@@ -258,7 +267,13 @@ class DecoderParts:
         """
         rotary_class = type(self.model.get_submodule("model.rotary_emb"))
         names = {rotation_name(self.config, index) for index in layers}
-        return Rotations(rotary_class(self.config).eval(), frozenset(names))
+        border = self.rotary_border
+        return Rotations(
+            rotary_class(self.config).eval(),
+            self.config,
+            frozenset(names),
+            None if border is None else border.positions,
+        )
 
     def scale_embeddings(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """What the model does to its embeddings before the first layer."""
@@ -338,23 +353,6 @@ class StoredPart:
     place: tuple[int | slice, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rotations:
-    """The rotary embeddings of a stage's layers, by the names of `dense_layer.rotation_name`."""
-
-    rotary: nn.Module
-    names: frozenset[str]
-
-    def at(
-        self, hidden_1TD: torch.Tensor, positions_1T: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and sines [1, T, rotary size] of each rotation, in the dtype of `hidden_1TD`."""
-        return {
-            name: self.rotary(hidden_1TD, positions_1T, **({"layer_type": name} if name else {}))
-            for name in self.names
-        }
-
-
 def parse_config(data: bytes) -> tuple[Family, PretrainedConfig]:
     """Reads a verified `config.json`; no code of the model is ever run.
 
@@ -420,35 +418,28 @@ def _why_not(document: dict[str, object]) -> str:
 
 def _check_rotary(config: PretrainedConfig) -> None:
     """Refuses rotary embeddings whose frequencies are not the configuration's alone."""
-    for rotary in _rotary_parameters(config):
+    for rotary in rotary_parameters(config).values():
         found = rotary.get("rope_type")
         if found not in _ROTARY_TYPES:
             raise UnsupportedModel(
                 f"config.json: rope_type: expected one of {list(_ROTARY_TYPES)}, found {found!r}"
             )
+    borders = _borders(config)
+    if len(borders) > 1:
+        raise UnsupportedModel(
+            "config.json: original_max_position_embeddings: expected the same in all layer types, "
+            f"found {sorted(borders)}"
+        )
 
 
-def longrope_border(config: PretrainedConfig) -> int | None:
-    """Positions up to which a longrope model uses its short factors, None for other models.
+def rotary_border(family: Family, config: PretrainedConfig) -> RotaryBorder | None:
+    """Where a longrope model changes its rotations, None for other models."""
+    return next((RotaryBorder(found, family.recomputes) for found in _borders(config)), None)
 
-    Of a sequence that grows beyond them, transformers computes every position anew with the long
-    factors (`Phi3ForCausalLM.prepare_inputs_for_generation`): it has no row in common with the
-    shorter sequence. Up to the border short and long do not mix.
-    """
-    borders = [
+
+def _borders(config: PretrainedConfig) -> set[int]:
+    return {
         cast("int", rotary["original_max_position_embeddings"])
-        for rotary in _rotary_parameters(config)
-        if rotary.get("rope_type") == "longrope"
-    ]
-    return min(borders, default=None)
-
-
-def _rotary_parameters(config: PretrainedConfig) -> list[Mapping[str, object]]:
-    """The parameters of each rotary embedding: one, or one per layer type."""
-    parameters: Mapping[str, object] = config.rope_parameters or {}
-    layer_types: list[str] = getattr(config, "layer_types", None) or []
-    per_type = [parameters[name] for name in sorted(set(layer_types) & parameters.keys())]
-    return [
-        cast("Mapping[str, object]", rotary if isinstance(rotary, Mapping) else {})
-        for rotary in per_type or [parameters]
-    ]
+        for rotary in rotary_parameters(config).values()
+        if rotary.get("rope_type") == LONGROPE
+    }

@@ -77,7 +77,7 @@ class LayerStack:
             progress.add(checkpoint.bytes_of([name]))
         self._device = device
         self._rotations = checkpoint.parts.rotations(indices)
-        self._rotations.rotary.to(device)
+        self._rotations.to(device)
         self._settings = settings
         self._heads: int = config.num_key_value_heads // settings.tp
         self._head_size: int = getattr(config, "head_dim", None) or (
@@ -110,7 +110,7 @@ class LayerStack:
         assert self._cache is not None, "the cache is open"
         step = attention.PagedStep(self._cache, header)
         hidden_1TD = hidden_TD.to(self._device)[None]
-        rotations = self._rotations.at(hidden_1TD, step.positions_1T)
+        rotations = self._rotations.at(hidden_1TD, step.positions_1T, step.long_1T)
         for layer, rotation in self._layers:
             hidden_1TD = layer(
                 hidden_1TD,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.stage.border import RotaryBorder
 from runtime.stage.checkpoint import PartLoader, ProgressCount, open_checkpoint
 from runtime.stage.cuda.layers import CudaLayers, computes
 from runtime.stage.device import blocks_that_fit, compute_device
@@ -19,7 +20,7 @@ from runtime.stage.native.library import Team
 from runtime.stage.native.stack import NativeLayers, open_team
 from runtime.stage.settings import Progress, StageSettings
 from security.channel.admission import Admission
-from security.channel.frame import StepHeader, StepResult
+from security.channel.frame import SequenceStep, StepHeader, StepResult
 
 if TYPE_CHECKING:
     from security.manifest import ModelFiles
@@ -54,6 +55,7 @@ class StageRunner:
         self._on_device = False
         self._layers: Layers | CudaLayers
         checkpoint = open_checkpoint(files, settings)
+        self._border = checkpoint.parts.rotary_border
         self._device = compute_device(settings)
         count = _progress_count(checkpoint, settings, progress)
         if self._device.type != "cpu":
@@ -94,6 +96,7 @@ class StageRunner:
         """
         runner = cls.__new__(cls)
         runner._settings = settings
+        runner._border = weights.parts.rotary_border
         runner._team = None
         runner._device = device
         runner._load_on_device(weights, _progress_count(weights, settings, progress))
@@ -186,6 +189,11 @@ class StageRunner:
         """Cache blocks that this stage has memory for, at most the plan's."""
         return self._cache_blocks
 
+    @property
+    def rotary_border(self) -> RotaryBorder | None:
+        """Where the model changes its rotations, None where it never does."""
+        return self._border
+
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] in float32 of rows that `forward` returned; last stage only."""
         return self._ends.logits(hidden_SD)
@@ -237,6 +245,25 @@ class StageRunner:
                     f"{self._cache_blocks} for {end} positions, "
                     f"found {len(sequence.blocks)} of {size}"
                 )
+            self._check_rotation(header.step, sequence)
+
+    def _check_rotation(self, step: int, sequence: SequenceStep) -> None:
+        """Long rows only where the stage has tables for them, and no others past the border."""
+        border = self._border
+        if border is None or self._settings.max_context <= border.positions:
+            if sequence.long:
+                found = "none" if border is None else f"one at {border.positions} positions"
+                raise StepRefused(
+                    f"step {step}: slot {sequence.slot}: long rows: expected a model with a "
+                    f"longrope border below {self._settings.max_context} positions, found {found}"
+                )
+            return
+        end = sequence.start + sequence.count
+        if end > border.positions and not sequence.long:
+            raise StepRefused(
+                f"step {step}: slot {sequence.slot}: expected long rows past the longrope border "
+                f"of {border.positions} positions, found others up to {end}"
+            )
 
 
 def _progress_count(

@@ -15,7 +15,7 @@ Step frame:
     zero bytes up to a multiple of 64
     tokens x hidden_size x itemsize bytes, native dtype
 
-    flags: 1 the sequence is sampled, 2 it is admitted to its slot by this step
+    flags: 1 the sequence is sampled, 2 it is admitted to its slot by this step, 4 its rows are long
 
 Result frame:
 
@@ -74,6 +74,7 @@ _STEP: Final = struct.Struct("<HBBIQII")
 _SEQUENCE: Final = struct.Struct("<IIIII")
 _SAMPLED: Final = 1
 _ADMITTED: Final = 2
+_LONG: Final = 4
 _RESULT: Final = struct.Struct("<HBBIQ")
 _TOKEN: Final = struct.Struct("<II")
 _LOGPROB: Final = struct.Struct("<d")
@@ -119,7 +120,8 @@ class SequenceStep:
     position, covering at least `start + count` positions. `sampled` is False while more of the
     prompt is still to come; otherwise a token is drawn from the last row, for position
     `start + count`. `admitted` marks the first step of a sequence in its slot: whatever the last
-    stage knew of that slot is replaced by the `Admission` that comes with the step.
+    stage knew of that slot is replaced by the `Admission` that comes with the step. `long` rows are
+    rotated with the long factors of a longrope model; whether a model has any, its stages know.
 
     A block may be in the tables of several sequences where each of them only reads it: where it
     ends at or before the `start` of each. Every other block is in one table of the step.
@@ -131,6 +133,7 @@ class SequenceStep:
     blocks: tuple[int, ...]
     sampled: bool
     admitted: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,9 @@ def encode_step(header: StepHeader, dtype: str, hidden_size: int) -> bytes:
                         sequence.start,
                         sequence.count,
                         len(sequence.blocks),
-                        _SAMPLED * sequence.sampled | _ADMITTED * sequence.admitted,
+                        _SAMPLED * sequence.sampled
+                        | _ADMITTED * sequence.admitted
+                        | _LONG * sequence.long,
                     )
                     for sequence in sequences
                 ),
@@ -331,13 +336,21 @@ def decode_step(message: BytesLike, limits: FrameLimits) -> tuple[StepHeader, me
             -(-(start + count) // limits.block_size),
             limits.max_table_blocks,
         )
-        within("flags", flags, 0, _SAMPLED | _ADMITTED)
+        within("flags", flags, 0, _SAMPLED | _ADMITTED | _LONG)
         if used_blocks + table_length > block_count:
             raise FrameMalformed(f"step {step}: sequences claim more than the header announces")
         table = blocks[used_blocks : used_blocks + table_length]
         used_blocks += table_length
         sequences.append(
-            SequenceStep(slot, start, count, table, bool(flags & _SAMPLED), bool(flags & _ADMITTED))
+            SequenceStep(
+                slot,
+                start,
+                count,
+                table,
+                sampled=bool(flags & _SAMPLED),
+                admitted=bool(flags & _ADMITTED),
+                long=bool(flags & _LONG),
+            )
         )
     if used_blocks != block_count:
         raise FrameMalformed(f"step {step}: sequences claim less than the header announces")

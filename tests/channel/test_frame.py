@@ -42,7 +42,7 @@ HEADER = StepHeader(
     7,
     (
         SequenceStep(slot=2, start=15, count=3, blocks=(5, 0), sampled=False, admitted=True),
-        SequenceStep(slot=0, start=32, count=1, blocks=(1, 11, 3), sampled=True),
+        SequenceStep(slot=0, start=32, count=1, blocks=(1, 11, 3), sampled=True, long=True),
     ),
 )
 
@@ -71,8 +71,8 @@ def headers(draw: st.DrawFn) -> StepHeader:
         shared = [common] if start >= 16 and draw(st.booleans()) else []
         own = -(-(start + count) // 16) - len(shared)
         table, blocks = shared + blocks[:own], blocks[own:]
-        sampled, admitted = draw(st.booleans()), draw(st.booleans())
-        sequences.append(SequenceStep(slot, start, count, tuple(table), sampled, admitted))
+        flags = [draw(st.booleans()) for _ in range(3)]
+        sequences.append(SequenceStep(slot, start, count, tuple(table), *flags))
     return StepHeader(draw(st.integers(0, 2**64 - 1)), tuple(sequences))
 
 
@@ -278,7 +278,7 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
 def test_counts_that_contradict_each_other_are_refused() -> None:
     message = bytearray(_message(HEADER))
     # The first sequence's table length, more and less, and a flag that is none.
-    for offset, value in ((24 + 12, 3), (24 + 12, 1), (24 + 16, 4)):
+    for offset, value in ((24 + 12, 3), (24 + 12, 1), (24 + 16, 8)):
         changed = bytearray(message)
         struct.pack_into("<I", changed, offset, value)
         with pytest.raises(FrameError):

@@ -17,6 +17,7 @@ from runtime.engine.request import Chunk, Request
 from runtime.engine.runner import PipelineBroken, check_result
 from runtime.engine.scheduler import EngineLimits
 from runtime.engine.stream import TokenStream
+from runtime.stage.border import RotaryBorder
 from security.channel.admission import Admission, SamplingParameters
 from security.channel.frame import (
     FrameLimits,
@@ -31,9 +32,13 @@ VOCABULARY = 128
 GREEDY = SamplingParameters(0.0, 1.0, 0, 0)
 
 
-def next_token(tokens: list[int], sampling: SamplingParameters) -> int:
-    """The model: a token that depends on every token before it and on the sampling."""
+def next_token(
+    tokens: list[int], sampling: SamplingParameters, long: list[bool] | None = None
+) -> int:
+    """The model: a token that depends on every row before it, long or not, and the sampling."""
     text = struct.pack(f"<{len(tokens)}I", *tokens)
+    if long is not None and any(long):
+        text += bytes(long)
     if sampling.temperature:
         text += repr(dataclasses.astuple(sampling)).encode()
     # Printable ASCII, so that fake text is easy to look at.
@@ -46,11 +51,21 @@ def next_logprobs(token: int, wanted: int) -> TokenLogprobs:
     return TokenLogprobs(-1.0 - token / 1000, ranked)
 
 
-def alone(request: Request) -> list[int]:
+def long_rows(prompt: int, length: int, border: RotaryBorder | None) -> list[bool]:
+    """Which rows of a sequence are long."""
+    if border is None:
+        return [False] * length
+    if border.recomputes:
+        return [length > border.positions] * length
+    return [prompt > border.positions or row >= border.positions for row in range(length)]
+
+
+def alone(request: Request, border: RotaryBorder | None = None) -> list[int]:
     """What the model answers to a request that has the machine to itself."""
     tokens = list(request.prompt)
     while len(tokens) < len(request.prompt) + request.max_tokens:
-        tokens.append(next_token(tokens, request.sampling))
+        long = long_rows(len(request.prompt), len(tokens), border)
+        tokens.append(next_token(tokens, request.sampling, long))
         if tokens[-1] in request.end_tokens:
             break
     return tokens[len(request.prompt) :]
@@ -88,7 +103,7 @@ class FakeRunner:
         self.steps: list[StepHeader] = []
         self.submitted = 0
         self._flying: deque[tuple[StepHeader, StepResult, list[int | None], bool, float]] = deque()
-        self._cache: dict[tuple[int, int], int] = {}
+        self._cache: dict[tuple[int, int], tuple[int, bool]] = {}
         self._break_next = False
         self.stop_at: int | None = None
         self.cache_blocks = limits.cache_blocks
@@ -123,22 +138,26 @@ class FakeRunner:
         for s in header.sequences:
             assert s.count > 0 and s.start + s.count <= self.limits.max_context
             assert len(s.blocks) * size >= s.start + s.count
+            border = self.limits.rotary_border
+            assert border or not s.long
+            assert border is None or s.long or s.start + s.count <= border.positions
             for position in range(s.start, s.start + s.count):
-                self._cache[s.blocks[position // size], position % size] = token_ids[at]
+                self._cache[s.blocks[position // size], position % size] = token_ids[at], s.long
                 at += 1
             assert s.admitted == (s.slot in header.admitted)
             admission, output = self._admitted[s.slot]
             if s.sampled:
-                seen = [
+                cached = [
                     self._cache[s.blocks[p // size], p % size] for p in range(s.start + s.count)
                 ]
+                seen, long = [token for token, _ in cached], [long for _, long in cached]
                 sampling = admission.parameters
                 # The last stage's own count of what penalties depend on is the sequence's.
                 if sampling.counts_output:
                     assert output == seen[admission.first :]
                 if sampling.counts_prompt:
                     assert list(admission.prompt) == seen[: admission.first]
-                drawn.append(next_token(seen, sampling))
+                drawn.append(next_token(seen, sampling, long))
                 output.append(drawn[-1])
                 asked.append(sampling.logprobs)
         poisoned = self.poison is not None and self.poison in token_ids
@@ -206,7 +225,7 @@ class Characters:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
-def limits(**changes: int) -> EngineLimits:
+def limits(**changes: object) -> EngineLimits:
     values = {
         "max_sequences": 8,
         "max_step_tokens": 16,

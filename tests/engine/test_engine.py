@@ -15,6 +15,7 @@ from runtime.engine.errors import (
 from runtime.engine.request import FinishReason, Request
 from runtime.engine.runner import PipelineBroken, Recovery, check_result
 from runtime.engine.scheduler import EngineLimits
+from runtime.stage.border import RotaryBorder
 from security.channel.frame import SequenceStep, StepHeader, StepResult, TokenLogprobs
 from tests.engine.fakes import (
     GREEDY,
@@ -64,6 +65,94 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode():
     assert [r.text for r in readers] == [answer(short), answer(long)]
     chunks = [s.count for h in runner.steps for s in h.sequences if s.count > 1 or s.start == 0]
     assert max(chunks) <= 8 and len(chunks) >= 6
+
+
+def rows_of(runner: FakeRunner, since: int = 0) -> list[tuple[int, int, bool, bool]]:
+    """Start, count, long and admitted of each sequence in each step."""
+    return [
+        (s.start, s.count, s.long, s.admitted)
+        for header in runner.steps[since:]
+        for s in header.sequences
+    ]
+
+
+def test_an_output_that_outgrows_a_longrope_border_is_computed_anew():
+    border = RotaryBorder(12, recomputes=True)
+    engine, runner = make(limits(rotary_border=border, max_step_tokens=8))
+    asked = request("0123456789", 5)
+    readers = [Reader(engine.submit([asked], run_here)[0])]
+    settle(engine, readers)
+    assert readers[0].text == Characters().decode(alone(asked, border)) != answer(asked)
+    assert rows_of(runner) == [
+        (0, 8, False, True),
+        (8, 2, False, False),
+        (10, 1, False, False),
+        # The token at position 11 was drawn from a row within the border, the next one is not.
+        (11, 1, False, False),
+        (0, 8, True, True),
+        (8, 5, True, False),
+        (13, 1, True, False),
+    ]
+    assert_nothing_held(engine)
+
+
+def test_an_output_that_ends_at_the_border_is_not_computed_anew():
+    border = RotaryBorder(12, recomputes=True)
+    engine, runner = make(limits(rotary_border=border))
+    readers = [Reader(engine.submit([request("0123456789", 3)], run_here)[0])]
+    settle(engine, readers)
+    assert rows_of(runner) == [(0, 10, False, True), (10, 1, False, False), (11, 1, False, False)]
+
+
+def test_rows_past_a_longrope_border_are_long_where_nothing_is_computed_anew():
+    border = RotaryBorder(12, recomputes=False)
+    engine, runner = make(limits(rotary_border=border))
+    asked = request("0123456789", 6)
+    readers = [Reader(engine.submit([asked], run_here)[0])]
+    while len(runner.steps) < 5:
+        engine.turn()
+    assert rows_of(runner) == [
+        (0, 10, False, True),
+        (10, 1, False, False),
+        (11, 1, False, False),
+        (12, 1, True, False),
+        (13, 1, True, False),
+    ]
+    # After a break they are again: no step has rows of both kinds of one sequence.
+    before = len(runner.steps)
+    runner.break_next()
+    settle(engine, readers)
+    assert readers[0].text == Characters().decode(alone(asked, border)) != answer(asked)
+    # The step that broke comes first.
+    assert rows_of(runner, before) == [
+        (14, 1, True, False),
+        (0, 12, False, True),
+        (12, 3, True, False),
+    ]
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_a_prompt_past_a_longrope_border_is_long_from_its_first_chunk_on(recomputes):
+    border = RotaryBorder(12, recomputes)
+    engine, runner = make(limits(rotary_border=border, max_step_tokens=8))
+    asked = request("0123456789abc", 2)
+    readers = [Reader(engine.submit([asked], run_here)[0])]
+    settle(engine, readers)
+    assert readers[0].text == Characters().decode(alone(asked, border))
+    assert rows_of(runner) == [(0, 8, True, True), (8, 5, True, False), (13, 1, True, False)]
+
+
+def test_what_outgrows_the_border_waits_for_room_and_gets_it():
+    border = RotaryBorder(8, recomputes=True)
+    # Both fit until the first has outgrown the border.
+    bounds = limits(rotary_border=border, cache_blocks=8, block_size=2, max_context=16)
+    engine, _ = make(bounds)
+    requests = [request("0123456", 8), request("abcde", 3), request("fghij", 9)]
+    readers = [Reader(s) for s in engine.submit(requests, run_here)]
+    settle(engine, readers)
+    for asked, reader in zip(requests, readers, strict=True):
+        assert reader.text == Characters().decode(alone(asked, border))
+    assert_nothing_held(engine)
 
 
 def test_groups_of_decoding_sequences_take_turns():

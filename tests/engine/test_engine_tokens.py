@@ -6,11 +6,12 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import END, VOCABULARY, Oracle
+from checkpoints import END, VOCABULARY, Oracle, write_checkpoint
 
 from runtime.engine.engine import Engine
 from runtime.engine.request import Request
@@ -36,6 +37,23 @@ LIMITS = EngineLimits(
     vocabulary=VOCABULARY,
     max_waiting=64,
 )
+ROTARY = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.8, 2.0],
+    "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0],
+    "original_max_position_embeddings": 24,
+}
+LONGROPE = {
+    "phi3": {
+        "sliding_window": None,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 24,
+        "rope_parameters": ROTARY,
+    },
+    "llama": {"rope_parameters": ROTARY},
+}
 
 
 class StageRing:
@@ -43,6 +61,7 @@ class StageRing:
 
     def __init__(self, stages: list[StageRunner]) -> None:
         self.stages = stages
+        self.limits = replace(LIMITS, rotary_border=stages[0].rotary_border)
         self.depth = len(stages) + 1
         self.cache_blocks = LIMITS.cache_blocks
         self.steps: list[StepHeader] = []
@@ -85,9 +104,17 @@ class StageRing:
         self._up = False
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint: Callable[[str], Path]) -> Path:
-    return checkpoint("qwen3")
+@pytest.fixture(scope="module", params=["qwen3", *LONGROPE])
+def model(
+    request: pytest.FixtureRequest,
+    checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """One without a border, and one of each rule."""
+    if request.param in LONGROPE:
+        directory = tmp_path_factory.mktemp(request.param)
+        return write_checkpoint(request.param, directory, seed=3, **LONGROPE[request.param])
+    return checkpoint(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +166,9 @@ def serve(ring: StageRing, oracle: Oracle, seed: int, requests: int) -> list[Ste
     waiting = load(random_, requests)
     ring.fall()
     ring.steps.clear()
-    engine = Engine(LIMITS, ring, Characters(), 5.0, Recovery(give_up_after=100), clock=ring.clock)
+    engine = Engine(
+        ring.limits, ring, Characters(), 5.0, Recovery(give_up_after=100), clock=ring.clock
+    )
     submit = ring.submit
     try:
         watch = Watch(engine, ring)
@@ -178,6 +207,8 @@ def test_tokens_are_those_of_generate_whatever_the_load(
     assert any(part.start > 0 and part.count > 1 for part in parts), "chunks or found prefixes"
     tables = [[block for part in header.sequences for block in part.blocks] for header in steps]
     assert any(len(set(table)) < len(table) for table in tables), "blocks were shared in a step"
+    mixed = [{part.long for part in header.sequences} == {True, False} for header in steps]
+    assert any(mixed) == (ring.limits.rotary_border is not None)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints import VOCABULARY
+import pytest
+from checkpoints import VOCABULARY, write_checkpoint
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from placement.plan import DataClass, PlanTemplate, RoleTemplate, Trust
 from runtime.shard.head import Head, Tenants
+from runtime.stage.border import RotaryBorder
 from security.envelope import EnvelopeClient, Request
 from security.manifest import ModelFiles, build_manifest
 
@@ -92,6 +94,36 @@ def test_the_credential_alone_makes_the_tenant(checkpoint: Callable[[str], Path]
     assert nobody == nobody_again and one == one_again
     assert len({nobody, one, two}) == 3
     assert b"sk-" not in nobody + one + two
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "recomputes"),
+    [
+        ("phi3", {"original_max_position_embeddings": 40, "sliding_window": None}, True),
+        ("llama", {}, False),
+    ],
+)
+def test_the_schedule_knows_the_models_longrope_border(
+    family: str, changes: dict[str, object], recomputes: bool, tmp_path: Path
+) -> None:
+    rotary = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 40,
+    }
+    shape = {"partial_rotary_factor": 1.0} if family == "phi3" else {}
+    write_checkpoint(family, tmp_path, rope_parameters=rotary, **changes, **shape)
+    manifest = build_manifest(tmp_path)
+    files = ModelFiles(tmp_path, manifest)
+    template = one_stage(manifest.digest)
+    head = Head(template, files, "pipeline-0", X25519PrivateKey.generate())
+    head.close()
+    files.close()
+    assert head._engine.limits.rotary_border == RotaryBorder(40, recomputes)
 
 
 def _arrival(sequence: object) -> int:

@@ -4,7 +4,8 @@ import pytest
 
 from runtime.engine.blocks import BlockAllocator, PrefixNames
 from runtime.engine.request import Request
-from tests.engine.fakes import GREEDY, Reader, alone, limits, run_here, settle
+from runtime.stage.border import RotaryBorder
+from tests.engine.fakes import GREEDY, Characters, Reader, alone, limits, run_here, settle
 from tests.engine.test_engine import answer, assert_nothing_held, make, request
 
 TEXT = "the same beginning, "
@@ -21,10 +22,11 @@ def computed(runner, since=0) -> list[int]:
     return [header.tokens for header in runner.steps[since:]]
 
 
-def names_of(tokens, tenant=b"", secret=b"secret", size=4, count=None):
+def names_of(tokens, tenant=b"", secret=b"secret", size=4, count=None, long=False):
     names: list[bytes] = []
     count = len(tokens) // size if count is None else count
-    PrefixNames(size, secret).extend(names, count, tenant, lambda at, n: tokens[at : at + n])
+    chain = PrefixNames(size, secret)
+    chain.extend(names, count, tenant, lambda at, n: tokens[at : at + n], long=long)
     return names
 
 
@@ -157,6 +159,8 @@ def test_a_name_stands_for_tenant_secret_and_every_token_before():
         names_of([1, 2, 3, 9, 5, 6, 7, 8]),
         names_of(tokens, tenant=b"a"),
         names_of(tokens, secret=b"other"),
+        names_of(tokens, long=True),
+        names_of(tokens, tenant=b"a", long=True),
     ]
     for other in others:
         assert not set(other) & set(names)
@@ -165,6 +169,43 @@ def test_a_name_stands_for_tenant_secret_and_every_token_before():
     for into in drawn:
         PrefixNames(4).extend(into, 2, b"", lambda at, n: tokens[at : at + n])
     assert not set(drawn[0]) & set(drawn[1])
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_prompts_past_a_longrope_border_share_blocks_with_their_kind_only(recomputes):
+    border = RotaryBorder(24, recomputes)
+    engine, runner = make(limits(max_step_tokens=64, cache_blocks=64, rotary_border=border))
+    for text, expected in (
+        (TEXT + "1", 0),
+        (TEXT + "2", 20),
+        (TEXT + "long", 20),  # exactly the border
+        (TEXT + "longer", 0),
+        (TEXT + "longest", 24),
+        (TEXT + "3", 20),
+    ):
+        before = len(runner.steps)
+        asked = request(text, 1)
+        assert serve(engine, asked) == Characters().decode(alone(asked, border))
+        assert runner.steps[before].sequences[0].start == expected, text
+        assert runner.steps[before].sequences[0].long == (len(text) > 24)
+
+
+def test_a_conversation_finds_an_output_past_the_border_where_its_kind_is_kept():
+    # Of a family that does not recompute, rows are long by their place; the prompt decides.
+    border = RotaryBorder(24, recomputes=False)
+    engine, runner = make(limits(max_step_tokens=64, cache_blocks=64, rotary_border=border))
+    first = request(TEXT, 13)
+    text = serve(engine, first)
+    assert [s.long for h in runner.steps for s in h.sequences] == [False] * 5 + [True] * 8
+    # The next prompt is past the border and long from its first row on.
+    before = len(runner.steps)
+    second = request(TEXT + text, 1)
+    assert serve(engine, second) == Characters().decode(alone(second, border))
+    assert runner.steps[before].sequences[0].start == 0
+    # The same output once more is found up to the prompt's end.
+    before = len(runner.steps)
+    assert serve(engine, first) == text
+    assert runner.steps[before].sequences[0].start == 16
 
 
 def test_the_same_text_computed_twice_at_once_is_kept_once():

@@ -10,6 +10,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.errors import ContextLengthExceeded
 from runtime.engine.request import FinishReason, Request
 from runtime.engine.scheduler import EngineLimits
+from runtime.stage.border import RotaryBorder
 from security.channel.admission import SamplingParameters
 from tests.engine.fakes import GREEDY, Characters, FakeRunner, Reader, alone, run_here, settle
 from tests.engine.test_engine import assert_nothing_held, make
@@ -29,6 +30,9 @@ def scenarios(draw, most_requests=10, most_events=60):
         cache_blocks=draw(st.integers(-(-8 // block_size), 20)),
         vocabulary=128,
         max_waiting=64,
+        rotary_border=draw(
+            st.none() | st.builds(RotaryBorder, st.integers(1, 40), recomputes=st.booleans())
+        ),
     )
     # Few beginnings and few letters, so that prefixes meet.
     beginnings = draw(st.lists(st.lists(st.integers(32, 34), max_size=40), min_size=1, max_size=3))
@@ -56,23 +60,24 @@ def scenarios(draw, most_requests=10, most_events=60):
 
 
 class Watch:
-    """Sees every step that goes to the stages, and knows who computed what is in each block."""
+    """Sees every step that goes to the stages, and knows for whom and how blocks were computed."""
 
     def __init__(self, engine: Engine, runner: FakeRunner) -> None:
         self.engine = engine
         self.runner = runner
         self.admitted: dict[bytes, list[int]] = {}
-        self._computed_for: dict[int, bytes] = {}
+        self._computed_for: dict[int, tuple[bytes, bool]] = {}
         self._submit, runner.submit = runner.submit, self.submit
 
     def submit(self, header, token_ids, admissions) -> None:
         step = self.engine._in_flight[-1][0]
         for part, entry in zip(step.parts, header.sequences, strict=True):
             tenant, arrival = part.sequence.tenant, part.sequence.arrival
+            kind = tenant, part.sequence.long
             full = entry.start // self.engine.limits.block_size
-            assert all(self._computed_for[b] == tenant for b in entry.blocks[:full])
+            assert all(self._computed_for[b] == kind for b in entry.blocks[:full])
             for block in entry.blocks[full:]:
-                self._computed_for[block] = tenant
+                self._computed_for[block] = kind
             first = self.admitted.setdefault(tenant, [])
             if arrival not in first:
                 first.append(arrival)
@@ -156,7 +161,7 @@ def drive(scenario) -> None:
         assert arrivals == sorted(arrivals), "first come, first served within a tenant"
     for index, (asked, reader) in enumerate(readers):
         reader.drain()
-        expected = alone(asked)
+        expected = alone(asked, bounds.rotary_border)
         shown = expected[:-1] if expected[-1] in asked.end_tokens else expected
         text = Characters().decode(shown)
         if index in cancelled:

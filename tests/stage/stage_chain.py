@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from checkpoints import END
 
+from runtime.stage.border import RotaryBorder
 from runtime.stage.stage import StageRunner
 from security.channel.admission import Admission, SamplingParameters
 from security.channel.frame import SequenceStep, StepHeader
@@ -52,10 +53,12 @@ def generate(
     parameters: Sequence[SamplingParameters] | None = None,
     stop: int = END,
     seed: int = 0,
+    border: RotaryBorder | None = None,
 ) -> list[list[int]]:
     """Greedy tokens per prompt; sequences start one after another so that prompts and decodes mix.
 
-    Block ids are handed out in a shuffled order, so that a table is never a range.
+    Block ids are handed out in a shuffled order, so that a table is never a range. What outgrows
+    the border of a model that recomputes starts over.
     """
     parameters = parameters or [GREEDY] * len(prompts)
     free = list(range(blocks))
@@ -63,6 +66,7 @@ def generate(
     tables: list[list[int]] = [[] for _ in prompts]
     done = [0] * len(prompts)
     outputs: list[list[int]] = [[] for _ in prompts]
+    all_long = [border is not None and border.makes_long(len(it), len(it)) for it in prompts]
     step = 0
     while True:
         sequences, token_ids, sampled, admissions = [], [], [], []
@@ -71,15 +75,25 @@ def generate(
             ended = len(outputs[index]) >= tokens or (outputs[index] and outputs[index][-1] == stop)
             if ended or index > step:
                 continue
+            if border and border.makes_long(len(prompt), len(known)) != all_long[index]:
+                all_long[index] = True
+                done[index] = 0
+                free += reversed(tables[index])
+                tables[index].clear()
             # Chunks differ per sequence so that boundaries and blocks never line up.
             count = min(chunk + index % 3, len(known) - done[index])
+            long = all_long[index]
+            if border and not long:
+                long = done[index] >= border.positions
+                count = count if long else min(count, border.positions - done[index])
             while len(tables[index]) * block_size < done[index] + count:
                 tables[index].append(free.pop())
             samples = done[index] + count == len(known)
             if done[index] == 0:
                 wanted = parameters[index]
                 seen = tuple(prompt) if wanted.counts_prompt else ()
-                admissions.append(Admission(index, wanted, len(prompt), seen))
+                output = tuple(outputs[index]) if wanted.counts_output else ()
+                admissions.append(Admission(index, wanted, len(prompt), seen, output))
             sequences.append(
                 SequenceStep(
                     index,
@@ -88,6 +102,7 @@ def generate(
                     tuple(tables[index]),
                     samples,
                     done[index] == 0,
+                    long,
                 )
             )
             token_ids += known[done[index] : done[index] + count]

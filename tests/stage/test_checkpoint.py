@@ -133,19 +133,6 @@ def test_a_tied_head_that_is_stored_twice(changed: Callable[..., ModelFiles]) ->
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type.*found 'dynamic'",
         ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "factor": 4.0,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [2.0] * 8,
-                    "original_max_position_embeddings": 128,
-                }
-            },
-            "max_context: longrope: expected at most the 128 positions .*found 256",
-        ),
         ({"max_position_embeddings": 128}, "max_context: expected at most the model's 128"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from runtime.stage.cuda.attention import (
 )
 from runtime.stage.cuda.graphs import EagerCapturer
 from runtime.stage.cuda.layers import CudaLayers
-from runtime.stage.cuda.step import StepBuffer, plan_decodes
+from runtime.stage.cuda.step import StepBuffer, StepPlan, plan_decodes, plan_rows
 from runtime.stage.device import blocks_that_fit, compute_device
 from runtime.stage.ends import Ends
 from runtime.stage.errors import DeviceUnavailable
@@ -414,6 +415,45 @@ def test_packed_decodes_are_always_in_the_same_place() -> None:
         return (packed.token_ids, packed.positions, packed.places, packed.groups)
 
     assert plan(1, 17, 30) == plan(3) == plan(0, 1, 2, 3) == plan(5, 6, sampled=False)
+
+
+def test_rows_of_rotation_tables_are_packed_for_models_with_long_rows() -> None:
+    def turns(plan: StepPlan) -> list[int]:
+        return plan.turns.of(torch.tensor(plan.ints, dtype=torch.int32)).tolist()
+
+    decodes = StepHeader(
+        0,
+        tuple(
+            SequenceStep(slot, 9, 1, (0, 1, 2), True, long=long)
+            for slot, long in enumerate((True, False, True))
+        ),
+    )
+    mixed = StepHeader(
+        0,
+        (
+            SequenceStep(0, 3, 3, (0, 1), True),
+            SequenceStep(1, 4, 2, (2, 3), True, long=True),
+            SequenceStep(2, 7, 1, (4, 5), True, long=True),
+        ),
+    )
+    packed = plan_decodes(
+        decodes, [9] * 3, batch=4, width=8, block_size=4, spare=50, long_offset=100
+    )
+    assert turns(packed) == [109, 9, 109, 0]
+    assert packed.positions.of(torch.tensor(packed.ints)).tolist() == [9, 9, 9, 0]
+    # Where they are depends on the batch alone, since a graph is recorded once.
+    short = StepHeader(0, tuple(replace(it, long=False) for it in decodes.sequences[:2]))
+    again = plan_decodes(short, [9] * 2, batch=4, width=8, block_size=4, spare=50, long_offset=100)
+    assert (again.turns, again.positions, again.groups) == (
+        packed.turns,
+        packed.positions,
+        packed.groups,
+    )
+    for together in (True, False):
+        rows = plan_rows(mixed, None, block_size=4, spare=50, together=together, long_offset=100)
+        assert turns(rows) == [3, 4, 5, 104, 105, 107]
+        plain = plan_rows(mixed, None, block_size=4, spare=50, together=together)
+        assert plain.turns == plain.positions
 
 
 def test_a_step_goes_to_the_device_with_its_rows() -> None:

@@ -206,11 +206,12 @@ class ShortOfMemory:
     def __init__(self) -> None:
         self.calls = 0
 
-    def at(
-        self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def rows(self, max_context: int) -> int:
+        return max_context
+
+    def tables(self, rows: int, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         self.calls += 1
-        table = torch.ones(1, positions.shape[1], 8)
+        table = torch.ones(rows, 8)
         missing = torch.ones(1) if self.calls > 1 else table
         return {"local": (table, table), "global": (missing, missing)}
 

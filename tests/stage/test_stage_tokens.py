@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 import transformers
-from checkpoints import Oracle, write_checkpoint
+from checkpoints import Oracle
 from stage_chain import Chain, generate, prompts_of, step
 from stage_models import settings
 from stage_variants import VARIANTS
@@ -20,7 +19,6 @@ from security.manifest import ModelFiles
 
 CUTS = {"one": (0, 6), "two": (0, 4, 6), "three": (0, 1, 4, 6)}
 EVERYWHERE = tuple(range(7))
-BORDER = "original_max_position_embeddings"
 # Single tokens, a length of exactly one block, lengths beyond the sliding windows.
 LENGTHS = (1, 4, 5, 13, 2, 37, 24, 50)
 TOKENS = 12
@@ -75,24 +73,6 @@ def test_whole_prompts_in_one_step(
 ) -> None:
     chain = Chain([StageRunner(open_files(checkpoint(variant)), settings())])
     assert generate(chain, prompts_of(LENGTHS), TOKENS, chunk=200) == expected(variant)
-
-
-def test_longrope_up_to_its_border(
-    tmp_path: Path, open_files: Callable[[Path], ModelFiles]
-) -> None:
-    _, changes = VARIANTS["longrope"]
-    rotary = {**cast("dict[str, object]", changes["rope_parameters"]), BORDER: 40}
-    directory = write_checkpoint(
-        "phi3", tmp_path, seed=3, **{**changes, "rope_parameters": rotary, BORDER: 40}
-    )
-    oracle = Oracle(directory)
-    stage = StageRunner(open_files(directory), settings(max_context=40))
-    for length in (28, 40):
-        [prompt] = prompts_of((length,))
-        # The last token is drawn from the row of the last position within the border.
-        wanted = oracle.greedy(prompt, 41 - length, ignore_end=True)
-        assert generate(Chain([stage]), [prompt], 41 - length, stop=-1) == [wanted]
-        stage.reset()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

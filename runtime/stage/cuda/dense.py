@@ -12,8 +12,8 @@ from torch.nn import functional
 from runtime.stage.cuda.attention import AttentionForm, Backends
 from runtime.stage.cuda.step import Group
 from runtime.stage.dense_layer import DenseLayer, RmsNorm
-from runtime.stage.families import Rotations
 from runtime.stage.kv_cache import PagedCache
+from runtime.stage.rotations import Rotations
 
 __all__ = ["DeviceLayer", "DeviceStep", "RotationTables"]
 
@@ -36,24 +36,26 @@ class DeviceStep:
 class RotationTables:
     """Cosines and sines of all positions, on the device, in the dtype that the family rotates in.
 
+    Rows are as in `Rotations`, long ones behind the others.
+
     The first half of the sines is negated: a rotation is then x * cosines + y * sines, with y being
     x with its halves exchanged.
     """
 
     def __init__(
-        self, rotations: Rotations, positions: int, dtype: torch.dtype, device: torch.device
+        self, rotations: Rotations, max_context: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        computed = rotations.at(torch.empty(1, dtype=dtype), torch.arange(positions)[None])
+        computed = rotations.tables(rotations.rows(max_context), dtype)
         for name, (cosines, sines) in computed.items():
-            first, second = sines[0].chunk(2, dim=-1)
+            first, second = sines.chunk(2, dim=-1)
             signed = torch.cat([-first, second], dim=-1)
-            self._tables[name] = (cosines[0].to(device), signed.to(device))
+            self._tables[name] = (cosines.to(device), signed.to(device))
 
-    def at(self, positions_T: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and signed sines [T, 1, rotary size] of these positions."""
+    def at(self, rows_T: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and signed sines [T, 1, rotary size] of these rows of the tables."""
         return {
-            name: (cosines[positions_T][:, None], sines[positions_T][:, None])
+            name: (cosines[rows_T][:, None], sines[rows_T][:, None])
             for name, (cosines, sines) in self._tables.items()
         }
 

@@ -75,8 +75,10 @@ class CudaLayers:
             _let_go(module)
             progress.add(weights.bytes_of([name]))
         assert described is not None, "a stage has a layer"
+        rotations = parts.rotations(indices)
+        self._long_offset = rotations.long_offset
         self._rotations = RotationTables(
-            parts.rotations(indices), settings.max_context, settings.torch_dtype, device
+            rotations, settings.max_context, settings.torch_dtype, device
         )
         # The block behind the plan's is nobody's: padding is written to it.
         self._spare = settings.cache_blocks
@@ -144,6 +146,7 @@ class CudaLayers:
             block_size=self._settings.block_size,
             spare=self._spare,
             together=self._backends.together,
+            long_offset=self._long_offset,
         )
         if self._bytes(len(plan.ints), plan.rows) > self._any.capacity:
             self._any = self._buffer(2 * len(plan.ints), 2 * plan.rows)
@@ -179,6 +182,7 @@ class CudaLayers:
             width=width,
             block_size=self._settings.block_size,
             spare=self._spare,
+            long_offset=self._long_offset,
         )
         if self._embed is None and hidden_TD is None:
             hidden_TD = torch.empty(0, self._settings.hidden_size, dtype=self._settings.torch_dtype)
@@ -199,10 +203,12 @@ class CudaLayers:
             hidden_TD = self._embed(plan.token_ids.of(ints))
         assert hidden_TD is not None, "other stages get hidden states"
         positions_T = plan.positions.of(ints).long()
+        same = plan.turns == plan.positions
+        turns_T = positions_T if same else plan.turns.of(ints).long()
         step = DeviceStep(
             plan.places.of(ints).long(),
             [Group.on_device(group, ints, positions_T) for group in plan.groups],
-            self._rotations.at(positions_T),
+            self._rotations.at(turns_T),
         )
         for layer in self._layers:
             hidden_TD = layer.forward(hidden_TD, step, self._cache, self._backends)
@@ -213,10 +219,17 @@ class CudaLayers:
         size = self._settings.block_size
         return -(-(1 << (max(positions, _LEAST_POSITIONS) - 1).bit_length()) // size)
 
-    @staticmethod
-    def _ints_at_most(batch: int, width: int) -> int:
+    def _ints_at_most(self, batch: int, width: int) -> int:
         """Of a packed step of single rows."""
-        plan = plan_decodes(StepHeader(0, ()), (), batch=batch, width=width, block_size=1, spare=0)
+        plan = plan_decodes(
+            StepHeader(0, ()),
+            (),
+            batch=batch,
+            width=width,
+            block_size=1,
+            spare=0,
+            long_offset=self._long_offset,
+        )
         return len(plan.ints) + batch
 
     def _bytes(self, ints: int, rows: int) -> int:

@@ -65,6 +65,7 @@ class StepPlan:
         rows: T, padding included.
         token_ids: [T], for the first stage.
         positions: [T].
+        turns: [T], rows of the rotation tables; `positions` itself in a model without long rows.
         places: [T], where keys and values go: block * block size + offset.
         sampled: rows that are sampled [S]; None where that is all of them, in order.
         groups: every row is in one of them.
@@ -74,6 +75,7 @@ class StepPlan:
     rows: int
     token_ids: Span | None
     positions: Span
+    turns: Span
     places: Span
     sampled: Span | None
     groups: tuple[GroupPlan, ...]
@@ -124,6 +126,20 @@ class _Ints:
         self.array.extend(values)
         return span
 
+    def turns(self, positions: Span, sequences: Sequence[SequenceStep], long_offset: int) -> Span:
+        """Rows of the rotation tables for `positions`: the sequences', then padding; added last."""
+        if not long_offset:
+            return positions
+        span = Span(len(self.array), positions.shape)
+        self.array += self.array[positions.offset :]
+        at = span.offset
+        for sequence in sequences:
+            if sequence.long:
+                for place in range(at, at + sequence.count):
+                    self.array[place] += long_offset
+            at += sequence.count
+        return span
+
     def group(
         self,
         rows: slice | Span,
@@ -165,6 +181,7 @@ def plan_decodes(
     width: int,
     block_size: int,
     spare: int,
+    long_offset: int = 0,
 ) -> StepPlan:
     """Packs a step of single rows; for one batch and width, everything is always in the same place.
 
@@ -177,6 +194,7 @@ def plan_decodes(
         width: of the block tables, at least what the longest sequence needs.
         block_size: P.
         spare: that block.
+        long_offset: see `Rotations`.
     """
     sequences = header.sequences
     padding = batch - len(sequences)
@@ -187,6 +205,7 @@ def plan_decodes(
     positions = [sequence.start for sequence in sequences]
     places = [_place(sequence, sequence.start, block_size) for sequence in sequences]
     positions_span = packed.add(positions + [0] * padding, batch)
+    turns = packed.turns(positions_span, sequences, long_offset)
     places_span = packed.add(places + [spare * block_size] * padding, batch)
     group = packed.group(
         slice(0, batch),
@@ -198,7 +217,7 @@ def plan_decodes(
     )
     # Last, because their number varies.
     sampled = _sampled(packed, header)
-    return StepPlan(packed.array, batch, ids, positions_span, places_span, sampled, (group,))
+    return StepPlan(packed.array, batch, ids, positions_span, turns, places_span, sampled, (group,))
 
 
 def plan_rows(
@@ -208,6 +227,7 @@ def plan_rows(
     block_size: int,
     spare: int,
     together: bool,
+    long_offset: int = 0,
 ) -> StepPlan:
     """Packs any step.
 
@@ -218,6 +238,7 @@ def plan_rows(
         spare: a block to fill up block tables with.
         together: all sequences in one group; otherwise the single rows are one, and every
             prompt's chunk is a group of its own.
+        long_offset: see `Rotations`.
     """
     packed = _Ints()
     sequences = header.sequences
@@ -229,6 +250,7 @@ def plan_rows(
         for position in range(sequence.start, sequence.start + sequence.count)
     ]
     positions = packed.add((position for position, _ in seen), rows)
+    turns = packed.turns(positions, sequences, long_offset)
     places = packed.add((place for _, place in seen), rows)
     groups: list[GroupPlan] = []
 
@@ -253,7 +275,7 @@ def plan_rows(
             indices = packed.add((row for row, _ in singles), len(singles))
             add_group(indices, [sequence for _, sequence in singles])
     sampled = _sampled(packed, header)
-    return StepPlan(packed.array, rows, ids, positions, places, sampled, tuple(groups))
+    return StepPlan(packed.array, rows, ids, positions, turns, places, sampled, tuple(groups))
 
 
 def _sampled(packed: _Ints, header: StepHeader) -> Span | None:

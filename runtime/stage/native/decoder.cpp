@@ -462,7 +462,8 @@ template <class T> class TypedStage final : public Stage {
                 norm(key + h * size, key + h * size, layer.key_norm, size, shape_.epsilon);
         }
         const Place at = places_[row];
-        const int64_t pair = int64_t(at.position) * layer.rotary_size / 2;
+        const int64_t turn = step.rotary_offsets[at.sequence] + int64_t(at.position);
+        const int64_t pair = turn * layer.rotary_size / 2;
         if (layer.rotary_size)
             for (int64_t h = 0; h < heads + key_heads; h++)
                 rotate(query + h * size, layer.cosines + pair, layer.sines + pair,
@@ -517,7 +518,7 @@ using namespace bulkhead;
 int bulkhead_amx() { return amx_permitted(); }
 
 // Changes with anything that native/library.py must know.
-int bulkhead_abi() { return 3; }
+int bulkhead_abi() { return 4; }
 
 // Asks for huge pages (Linux, admin-guide/mm/transhuge.rst) for memory not yet touched: a step reads
 // all weights and cache once, a page of 4 KiB at a time would be a walk through page tables each.

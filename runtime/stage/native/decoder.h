@@ -20,7 +20,7 @@ struct Layer {
     void *keys, *values;     // [blocks, groups of a block, key heads, head size * 16]
     int32_t window;          // positions that a row sees, its own included; 0 for all
     int32_t rotary_size;     // elements of a head that are rotated, 0 for none
-    const float *cosines, *sines; // [positions, rotary_size / 2]
+    const float *cosines, *sines; // [rows, rotary_size / 2]
 };
 
 struct Shape {
@@ -37,5 +37,6 @@ struct Step {
     const int32_t *starts, *counts; // [sequences]
     const int32_t *tables;          // [sequences]: where a sequence's blocks begin in `blocks`
     const int32_t *blocks;
+    const int32_t *rotary_offsets;  // [sequences]: of a position's row in the rotation tables
 };
 }

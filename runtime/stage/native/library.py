@@ -21,7 +21,7 @@ __all__ = ["Layer", "Library", "Linear", "PackedWeight", "Shape", "Step", "Team"
 
 _log = logging.getLogger(__name__)
 
-_ABI = 3
+_ABI = 4
 _PATH = Path(__file__).with_name("decoder" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _CPUINFO = Path("/proc/cpuinfo")
 _NEEDED = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -95,6 +95,7 @@ class Step(ctypes.Structure):
         ("counts", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("blocks", ctypes.c_void_p),
+        ("rotary_offsets", ctypes.c_void_p),
     )
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from runtime.stage.checkpoint import ProgressCount, StageCheckpoint
 from runtime.stage.dense_layer import DenseLayer, RmsNorm, describe_layer
 from runtime.stage.errors import UnsupportedModel
-from runtime.stage.families import Rotations
 from runtime.stage.native import library as native
 from runtime.stage.native.library import Library, PackedWeight, Team, load_library
 from runtime.stage.quantise import quantise
+from runtime.stage.rotations import Rotations
 from runtime.stage.settings import StageSettings
 from security.channel.frame import StepHeader
 
@@ -165,7 +165,9 @@ class NativeLayers:
         self._kept: list[torch.Tensor] = []
         self._caches: list[torch.Tensor] = []
         indices = range(settings.first_layer, settings.last_layer)
-        self._tables = _RotationTables(parts.rotations(indices), settings.max_context)
+        rotations = parts.rotations(indices)
+        self._long_offset = rotations.long_offset
+        self._tables = _RotationTables(rotations, settings.max_context)
         self._rotary: list[str] = []
         self._layers: list[native.Layer] = []
         self._stage = 0
@@ -181,7 +183,7 @@ class NativeLayers:
             progress.add(checkpoint.bytes_of([name]))
         assert described is not None, "a stage has a layer"
         self._shape = self._shape_of(described)
-        self._positions = 0
+        self._table_rows = 0
 
     @property
     def block_bytes(self) -> int:
@@ -207,7 +209,10 @@ class NativeLayers:
         """See `Layers`."""
         self._used = True
         sequences = header.sequences
-        self._rotate_up_to(max(sequence.start + sequence.count for sequence in sequences))
+        offsets = array("i", [self._long_offset * sequence.long for sequence in sequences])
+        self._rotate_up_to(
+            max(s.start + s.count + offset for s, offset in zip(sequences, offsets, strict=True))
+        )
         counts = array("i", [sequence.count for sequence in sequences])
         starts = array("i", [sequence.start for sequence in sequences])
         tables, at = array("i"), 0
@@ -217,7 +222,9 @@ class NativeLayers:
         blocks = array("i", chain.from_iterable(sequence.blocks for sequence in sequences))
         output_TD = hidden_TD.clone(memory_format=torch.contiguous_format)
         step = native.Step(
-            len(sequences), len(output_TD), *(_address(a) for a in (starts, counts, tables, blocks))
+            len(sequences),
+            len(output_TD),
+            *(_address(values) for values in (starts, counts, tables, blocks, offsets)),
         )
         self._team.library.forward(self._stage, self._team, step, output_TD.data_ptr())
         return output_TD
@@ -238,10 +245,10 @@ class NativeLayers:
         self._kept.clear()
         self._caches.clear()
 
-    def _rotate_up_to(self, positions: int) -> None:
-        if positions <= self._positions:
+    def _rotate_up_to(self, rows: int) -> None:
+        if rows <= self._table_rows:
             return
-        self._positions = self._tables.grow(positions)
+        self._table_rows = self._tables.grow(rows)
         for layer, name in enumerate(self._rotary):
             cosines, sines = self._tables.tables[name]
             self._team.library.rotate_stage(
@@ -298,26 +305,24 @@ class NativeLayers:
 
 
 class _RotationTables:
-    """Cosines and sines [positions, rotary size / 2] by rotation; longer as positions are used.
+    """Cosines and sines [rows, rotary size / 2] by rotation; longer as positions are used.
 
-    They depend on the position alone (families.py refuses those that do not).
+    Rows are as in `Rotations`: they depend on the position, and on whether a row is long.
     """
 
     def __init__(self, rotations: Rotations, max_context: int) -> None:
         self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._rotations = rotations
-        self._max_context = max_context
+        self._max_rows = rotations.rows(max_context)
 
     @torch.inference_mode()
-    def grow(self, positions: int) -> int:
-        """Sees that there are so many positions, or more; returns how many there are."""
-        length = min(self._max_context, max(512, 1 << (positions - 1).bit_length()))
+    def grow(self, rows: int) -> int:
+        """Sees that there are so many rows, or more; returns how many there are."""
+        length = min(self._max_rows, max(512, 1 << (rows - 1).bit_length()))
         longer: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, pair in self._rotations.at(
-            torch.empty(1, dtype=torch.float32), torch.arange(length)[None]
-        ).items():
+        for name, pair in self._rotations.tables(length, torch.float32).items():
             cosines, sines = (
-                table[0, :, : table.shape[-1] // 2].float().contiguous() for table in pair
+                table[:, : table.shape[-1] // 2].float().contiguous() for table in pair
             )
             longer[name] = (cosines, sines)
         # All or none: the decoder still points into the old ones where memory ran out above.
