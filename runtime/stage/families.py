@@ -11,6 +11,7 @@ layers is in its entry, and a model with any other module outside its layers is 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,6 +38,7 @@ __all__ = [
     "rotary_border",
 ]
 
+_log = logging.getLogger(__name__)
 _MAX_CONFIG_BYTES = 1 << 20
 # Frequencies fixed by the configuration, two sets of them for longrope (see `RotaryBorder`).
 # "dynamic" depends on the longest position in the batch, so a row's result would depend on its
@@ -372,11 +374,6 @@ def parse_config(data: bytes) -> tuple[Family, PretrainedConfig]:
         ) from error
     if not isinstance(document, dict):
         raise UnsupportedModel(f"config.json: expected an object, found {type(document).__name__}")
-    if document.get("auto_map"):
-        raise UnsupportedModel(
-            "config.json: auto_map names code inside the checkpoint (trust_remote_code), which is "
-            "never run; use a checkpoint of a family that transformers has built in"
-        )
     for key in ("quantization_config", "compression_config"):
         if document.get(key):
             raise UnsupportedModel(
@@ -396,6 +393,13 @@ def parse_config(data: bytes) -> tuple[Family, PretrainedConfig]:
             f"config.json: architectures: expected [{family.model_class!r}], "
             f"found {architectures!r}"
         )
+    if document.get("auto_map"):
+        # As transformers does without trust_remote_code.
+        _log.warning(
+            "config.json: auto_map names code inside the checkpoint (trust_remote_code), which is "
+            "never run; computing %s as transformers has it built in",
+            family.model_class,
+        )
     config = family.config_from(document)
     _check_rotary(config)
     return family, config
@@ -403,6 +407,11 @@ def parse_config(data: bytes) -> tuple[Family, PretrainedConfig]:
 
 def _why_not(document: dict[str, object]) -> str:
     """What a configuration says that no stage computes, for the message of a refusal."""
+    if document.get("auto_map"):
+        return (
+            "; auto_map names code inside the checkpoint (trust_remote_code), which is never run: "
+            "use a checkpoint of a family that transformers has built in"
+        )
     for reason, keys in _OTHER_ARCHITECTURES.items():
         found = [key for key in keys if document.get(key)]
         if found:

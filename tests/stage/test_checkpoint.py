@@ -17,8 +17,9 @@ from stage_chain import step
 from stage_models import settings
 from stage_variants import VARIANTS
 
+from runtime.stage.border import RotaryBorder
 from runtime.stage.errors import CheckpointMismatch, UnsupportedModel
-from runtime.stage.families import parse_config
+from runtime.stage.families import parse_config, rotary_border
 from runtime.stage.stage import StageRunner
 from security.errors import SecurityError
 from security.manifest import ModelFiles, build_manifest
@@ -114,7 +115,10 @@ def test_a_tied_head_that_is_stored_twice(changed: Callable[..., ModelFiles]) ->
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"auto_map": {"AutoConfig": "configuration_x.X"}}, "auto_map.*trust_remote_code"),
+        (
+            {"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}},
+            "model_type.*auto_map.*trust_remote_code",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*quantised"),
         ({"model_type": "gpt2"}, "model_type: expected one of .*found 'gpt2'"),
         ({"model_type": ["llama"]}, "model_type"),
@@ -141,6 +145,38 @@ def test_models_that_are_not_computed_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=text):
         StageRunner(changed("llama", **config), settings())
+
+
+def test_code_in_a_checkpoint_of_a_known_family_is_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As published: Phi-3 with 128k positions, its old spelling of longrope and its own code."""
+    published = {
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {
+            "long_factor": [1.5] * 48,
+            "short_factor": [1.0] * 48,
+            "type": "longrope",
+        },
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "vocab_size": 32064,
+    }
+    family, config = parse_config(json.dumps(published).encode())
+    assert rotary_border(family, config) == RotaryBorder(4096, recomputes=True)
+    assert "auto_map" in caplog.text
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3_text"])
