@@ -63,9 +63,25 @@ def explain_infeasible(error: Infeasible) -> str:
 
 
 def weakness_warnings(names: Sequence[str]) -> tuple[str, ...]:
-    """One line per weakness; a name from a newer version is shown as it is."""
+    """One line per weakness, and one per kind of evidence for all that a policy leaves open.
+
+    A name from a newer version is shown as it is.
+    """
     known = {weakness.value: weakness.warning for weakness in Weakness}
-    return tuple(known.get(name, name) for name in names)
+    lines: list[str] = []
+    opened: dict[str, list[str]] = {}
+    for name in names:
+        what, _, rest = name.partition(".")
+        if what == "open" and "." in rest:
+            kind, _, pin = rest.partition(".")
+            opened.setdefault(kind, []).append(pin)
+        elif what == "roots" and rest:
+            lines.append(f"{rest} evidence: roots that the policy names count, not the vendor's")
+        else:
+            lines.append(known.get(name, name))
+    for kind, pins in opened.items():
+        lines.append(f"{kind} evidence: the policy leaves open {', '.join(pins)}")
+    return tuple(lines)
 
 
 def _size(size: int) -> str:

@@ -40,7 +40,10 @@ MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}"
 REGION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Pattern of region names."""
 
-WEAKNESS = r"[a-z][a-z_]{0,63}"
+WEAKNESS = r"[a-z][a-z0-9_.-]{0,63}"
+"""A name of `placement.policy.Weakness`, or of what `Policy.left_open` names."""
+
+MAX_WEAKNESSES = 256
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 """Bytes of one number by dtype name; also the closed list of dtypes that can be served."""
@@ -264,7 +267,7 @@ class PlanTemplate:
             f"{self.cache_blocks} blocks of {self.block_size}",
         )
         _check(
-            len(set(self.weaknesses)) == len(self.weaknesses) <= 64
+            len(set(self.weaknesses)) == len(self.weaknesses) <= MAX_WEAKNESSES
             and all(re.fullmatch(WEAKNESS, name) for name in self.weaknesses),
             "weaknesses",
             "names of weaknesses, none twice",
@@ -326,7 +329,7 @@ class PlanTemplate:
             policy_digest=reader.digest("policy_digest"),
             dtype=reader.text("dtype", 16),
             weight_format=reader.text("weight_format", 16),
-            weaknesses=reader.texts("weaknesses", 64, 64),
+            weaknesses=reader.texts("weaknesses", MAX_WEAKNESSES, 64),
             roles=tuple(RoleTemplate._read(role) for role in reader.sections("roles", MAX_ROLES)),
             **numbers,
         )

@@ -658,7 +658,9 @@ def _weaknesses(policy: Policy, roles: tuple[RoleTemplate, ...]) -> tuple[str, .
         Weakness.WEIGHT_ORACLE: False,
         Weakness.UNVERIFIED_OUTPUT: len(trusts) > 1,
     }
-    return tuple(weakness.value for weakness, holds in applies.items() if holds)
+    shown = tuple(weakness.value for weakness, holds in applies.items() if holds)
+    devices = policy.demanded_devices() if Trust.ATTESTED in trusts else ()
+    return shown + policy.left_open({*kinds, *devices})
 
 
 def _estimate(problem: _Problem, layout: _Layout, role: RoleTemplate, blocks: int) -> StageEstimate:

@@ -8,7 +8,7 @@ must stand under ``accept``. Errors name the line and the field.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -235,6 +235,19 @@ class Policy:
     def requirements_for(self, kind: str) -> Requirements:
         """What evidence of a kind must say; where nothing is written, nothing is open."""
         return self.requirements.get(kind, Requirements())
+
+    def left_open(self, kinds: Collection[str]) -> tuple[str, ...]:
+        """What the requirements of these kinds leave open, by names like those of weaknesses.
+
+        ``open.KIND.NAME`` for a pin or check that the policy opens, ``roots.KIND`` where other
+        roots than the vendor's count.
+        """
+        found: list[str] = []
+        for kind, section in self.requirements.items():
+            if kind in kinds:
+                found += [f"open.{kind}.{name}" for name in section.open]
+                found += [f"roots.{kind}"] if section.roots else []
+        return tuple(found)
 
     def to_document(self) -> dict[str, Encodable]:
         """The fields as a JSON object, complete and in the shape of the YAML."""

@@ -149,11 +149,14 @@ def _template_violations(
         )
     for role in template.roles:
         yield from _role_violations(role, template, policy)
-    accepted = {weakness.value for weakness in policy.accept}
+    accepted = {weakness.value for weakness in policy.accept} | set(
+        policy.left_open(policy.evidence)
+    )
     for name in template.weaknesses:
         if name not in accepted:
             yield Violation("weakness.unaccepted", "a weakness that the policy accepts", name)
-    for weakness in sorted(_template_weaknesses(template, policy)):
+    found = {weakness.value for weakness in _template_weaknesses(template, policy)}
+    for weakness in sorted(found | set(policy.left_open(_evidence_kinds(template, policy)))):
         if weakness not in template.weaknesses:
             yield Violation(
                 f"weakness.{weakness}",
@@ -190,6 +193,14 @@ def _role_violations(
                 yield Violation(f"{where}regions", f"any of {', '.join(policy.regions)}", region)
     if role.tp > policy.tensor_parallel_max:
         yield Violation(f"{where}tp", f"at most {policy.tensor_parallel_max} ranks", f"{role.tp}")
+
+
+def _evidence_kinds(template: PlanTemplate, policy: Policy) -> set[str]:
+    """The kinds of evidence that admit or must be shown besides."""
+    kinds = {kind for role in template.roles for kind in role.evidence}
+    if any(role.trust is Trust.ATTESTED for role in template.roles):
+        kinds.update(policy.demanded_devices())
+    return kinds
 
 
 def _template_weaknesses(template: PlanTemplate, policy: Policy) -> set[Weakness]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from placement.document import MAX_INTEGER, DocumentError, Encodable, Fields, decode, encode
-from placement.plan import MAX_ROLES, NAME, REGION, WEAKNESS, Trust
+from placement.plan import MAX_ROLES, MAX_WEAKNESSES, NAME, REGION, WEAKNESS, Trust
 from placement.verify import Claims, RegionSource
 from security.errors import (
     MalformedInput,
@@ -148,7 +148,7 @@ class Roster:
                 policy_digest=reader.digest("policy_digest"),
                 manifest_digest=reader.digest("manifest_digest"),
                 entries=tuple(_read_entry(item) for item in reader.sections("entries", MAX_ROLES)),
-                weaknesses=reader.texts("weaknesses", 64, 64, WEAKNESS),
+                weaknesses=reader.texts("weaknesses", MAX_WEAKNESSES, 64, WEAKNESS),
                 issued_at=reader.integer("issued_at", 0, MAX_INTEGER),
                 expires_at=reader.integer("expires_at", 0, MAX_INTEGER),
             )

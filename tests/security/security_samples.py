@@ -126,7 +126,10 @@ def make_template(policy: Policy, manifest: Manifest, **changes: object) -> Plan
         hidden_size=8,
         layers=4,
         vocabulary=32,
-        weaknesses=tuple(w.value for w in Weakness if policy.accepts(w)),
+        weaknesses=(
+            *(w.value for w in Weakness if policy.accepts(w)),
+            *policy.left_open(policy.evidence),
+        ),
         roles=roles,
         max_instances=1,
         generation=1,

@@ -1,0 +1,66 @@
+"""What a policy's requirements leave open is named by the template, and shown to whoever looks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from placement_samples import node, plan
+
+from placement.explain import weakness_warnings
+from placement.plan import PlanTemplate
+from placement.policy import parse_policy
+from placement.verify import PlanRejected, verify_template
+
+POLICY = parse_policy(
+    f"""
+version: 1
+name: opened
+protect: {{prompt: attested, activations: attested, weights: attested}}
+evidence: [sev-snp, nvidia]
+measurements: {{sev-snp: ["{"ab" * 48}"]}}
+requirements:
+  sev-snp: {{open: [chip_id, host_data], roots: ["{"cd" * 32}"]}}
+  nvidia: {{open: [driver]}}
+ingress: sealed
+accept: [unhardened]
+"""
+)
+OPEN = ("open.sev-snp.chip_id", "open.sev-snp.host_data", "roots.sev-snp", "open.nvidia.driver")
+
+
+def template() -> PlanTemplate:
+    return plan([node("a", tee="sev-snp", gpus=1)], POLICY).template
+
+
+def test_the_planner_names_it_and_the_verifier_agrees() -> None:
+    assert template().weaknesses == ("unhardened", *OPEN)
+    verify_template(template(), POLICY, POLICY.digest)
+    assert PlanTemplate.from_bytes(template().to_bytes()) == template()
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_template_that_keeps_it_quiet_is_refused(name: str) -> None:
+    quiet = tuple(shown for shown in template().weaknesses if shown != name)
+    with pytest.raises(PlanRejected, match=f"{name} accepted by the policy and named"):
+        verify_template(replace(template(), weaknesses=quiet), POLICY, POLICY.digest)
+
+
+def test_a_template_that_opens_more_than_the_policy_is_refused() -> None:
+    more = (*template().weaknesses, "open.sev-snp.csp_id")
+    with pytest.raises(PlanRejected, match=r"weakness\.unaccepted.*open\.sev-snp\.csp_id"):
+        verify_template(replace(template(), weaknesses=more), POLICY, POLICY.digest)
+
+
+def test_people_read_a_line_for_each_kind() -> None:
+    assert weakness_warnings(OPEN) == (
+        "sev-snp evidence: roots that the policy names count, not the vendor's",
+        "sev-snp evidence: the policy leaves open chip_id, host_data",
+        "nvidia evidence: the policy leaves open driver",
+    )
+    assert weakness_warnings(["open", "open.", "roots", "new_one"]) == (
+        "open",
+        "open.",
+        "roots",
+        "new_one",
+    )
