@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve install test test-slow test-cluster bench bench-poisson bench-peers lint format \
-	protos clean
+	protos fuzz clean
 
 help: ## list targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ format: $(VENV)/.developing ## put code into shape
 
 protos: $(VENV)/.developing ## generate code from *.proto
 	$(BIN)/python scripts/generate_protos.py
+
+fuzz: $(VENV)/.developing ## fuzz what reads evidence, a million inputs each; half an hour
+	$(BIN)/python scripts/fuzz.py
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,7 +1,8 @@
-"""Fuzzes the Azure vTPM verifier: `python -m tests.fuzz.fuzz_azure_vtpm [CORPUS] [-runs=1000000]`.
+"""Fuzzes the Azure vTPM verifier: HCL reports, TPM quotes and signatures, JSON evidence.
 
-Seeds are made by the synthetic machine and written into the corpus directory if there is one. Only
-errors of the attestation hierarchy may come out.
+    python -m tests.fuzz.fuzz_azure_vtpm -runs=1000000 /tmp/corpus
+
+`--seeds DIRECTORY` writes a small corpus of evidence made from nothing and ends.
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ def write_seeds(folder: Path) -> None:
 
 
 def main() -> None:
-    """Runs libFuzzer with this process's arguments."""
-    for argument in sys.argv[1:]:
-        if not argument.startswith("-"):
-            write_seeds(Path(argument))
+    """Runs libFuzzer with this process's arguments, or writes seeds."""
+    if sys.argv[1:2] == ["--seeds"]:
+        write_seeds(Path(sys.argv[2]))
+        return
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
 

@@ -1,7 +1,8 @@
-"""Fuzzes what the TDX verifier reads: `python -m tests.fuzz.fuzz_tdx [CORPUS] [-runs=1000000]`.
+"""Fuzzes what the TDX verifier reads: quotes, chains, collateral, event logs.
 
-Seeds are made by the synthetic machine and written into the corpus directory if there is one. Only
-errors of the attestation hierarchy may come out.
+    python -m tests.fuzz.fuzz_tdx -runs=1000000 /tmp/corpus
+
+`--seeds DIRECTORY` writes a small corpus of evidence made from nothing and ends.
 """
 
 from __future__ import annotations
@@ -107,10 +108,10 @@ def write_seeds(folder: Path) -> None:
 
 
 def main() -> None:
-    """Runs libFuzzer with this process's arguments."""
-    for argument in sys.argv[1:]:
-        if not argument.startswith("-"):
-            write_seeds(Path(argument))
+    """Runs libFuzzer with this process's arguments, or writes seeds."""
+    if sys.argv[1:2] == ["--seeds"]:
+        write_seeds(Path(sys.argv[2]))
+        return
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
 
