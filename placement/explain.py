@@ -75,6 +75,8 @@ def weakness_warnings(names: Sequence[str]) -> tuple[str, ...]:
         if what == "open" and "." in rest:
             kind, _, pin = rest.partition(".")
             opened.setdefault(kind, []).append(pin)
+        elif name == "declared.regions":
+            lines.append("regions are as nodes declare them: nothing proves where a machine stands")
         elif what == "roots" and rest:
             lines.append(f"{rest} evidence: roots that the policy names count, not the vendor's")
         else:

@@ -240,9 +240,10 @@ class Policy:
         """What the requirements of these kinds leave open, by names like those of weaknesses.
 
         ``open.KIND.NAME`` for a pin or check that the policy opens, ``roots.KIND`` where other
-        roots than the vendor's count.
+        roots than the vendor's count, ``declared.regions`` where regions are asked for: no evidence
+        says where a machine stands, so that they are as declared.
         """
-        found: list[str] = []
+        found: list[str] = ["declared.regions"] if self.regions else []
         for kind, section in self.requirements.items():
             if kind in kinds:
                 found += [f"open.{kind}.{name}" for name in section.open]

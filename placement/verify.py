@@ -20,6 +20,9 @@ from placement.policy import (
     Weakness,
 )
 
+UNIDENTIFIED = "unidentified"
+"""Node of a machine whose evidence masks which one it is."""
+
 
 class RegionSource(StrEnum):
     """How the broker knows a machine's region."""
@@ -284,6 +287,10 @@ def _separation_violations(policy: Policy, claims: Mapping[str, Claims]) -> Iter
         return
     first_role: dict[str, str] = {}
     for role, claim in claims.items():
+        # A machine that masks its identity may be any of the others.
+        masked = UNIDENTIFIED in (claim.node, *first_role)
         other = first_role.setdefault(claim.node, role)
+        if masked and len(first_role) > 1:
+            other = next(iter(first_role.values()))
         if other != role:
             yield Violation("claims.node", f"{role} on a node of its own", f"{other} on it too")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from placement.plan import RoleTemplate, Trust
 from placement.policy import Policy
-from placement.verify import Claims, RegionSource
+from placement.verify import UNIDENTIFIED, Claims, RegionSource
 from security.attestation import enrolled, simulated
 from security.attestation.azure_vtpm import verify_azure_vtpm
 from security.attestation.collateral import Collateral
@@ -31,7 +31,7 @@ from security.attestation.tdx import verify_tdx
 from security.attestation.verdict import Expectations, Verdict
 from security.errors import EvidenceKindRefused, EvidenceKindUnsupported, EvidenceMalformed
 
-__all__ = ["DEVICE_VERIFIERS", "MACHINE_VERIFIERS", "UNIDENTIFIED", "Verifier", "appraise"]
+__all__ = ["DEVICE_VERIFIERS", "MACHINE_VERIFIERS", "Verifier", "appraise"]
 
 
 class Verifier(Protocol):
@@ -55,13 +55,6 @@ MACHINE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
 
 DEVICE_VERIFIERS: Mapping[str, Verifier] = MappingProxyType({"nvidia": verify_nvidia})
 """By kind of device evidence."""
-
-UNIDENTIFIED = "unidentified"
-"""Node of a machine whose evidence masks its identity (VLEK, MASK_CHIP_ID).
-
-All such machines count as one node, so where the policy wants every stage on a node of its own,
-two of them are refused.
-"""
 
 
 def appraise(

@@ -115,13 +115,18 @@ def judge_evidence(
         verdict = devices[0]
     else:
         verdict = Verdict("devices", "", "", "", devices=tuple(devices))
+    notes = verdict.notes + files.notes
+    if files.kind and files.tokens:
+        notes += ("a token of NRAS is bound to no machine: it does not count as this one's",)
     checks = verdict.checks
     if policy is not None:
-        # Tokens speak for devices that the policy names by the kind of their own evidence.
-        kinds = (_NVIDIA,) if devices else ()
+        # Tokens speak for devices that the policy names by the kind of their own evidence; but not
+        # beside a machine, since nothing binds a token to the machine that shows it.
+        alone = not files.kind or files.devices or _NVIDIA in files.malformed
+        kinds = (_NVIDIA,) if devices and alone else ()
         kind = verdict.kind if files.endorsement else files.kind
         checks = judge(POLICY_RULES, Found(kind, kinds, policy)) + checks
-    return replace(verdict, checks=checks, notes=verdict.notes + files.notes)
+    return replace(verdict, checks=checks, notes=notes)
 
 
 def _challenges(files: EvidenceFiles, nonce: bytes | None) -> tuple[bytes | None, bytes | None]:

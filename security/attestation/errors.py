@@ -935,6 +935,12 @@ class NrasClaimRefused(Refusal):
     code = "nras_claim_refused"
 
 
+class NrasDeviceRepeated(Refusal):
+    """Two tokens are about one device, or one does not say which it is about."""
+
+    code = "nras_device_repeated"
+
+
 class NvmlUnavailable(NoCollector):
     """NVML is not there or refuses a call: no driver, no permission, no such function."""
 

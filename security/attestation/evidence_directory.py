@@ -20,7 +20,7 @@ gpu_evidence.json            NVIDIA evidence of GPUs; switch_evidence.json of sw
 gpu.0.report.bin, ...        the same part by part, with gpu.0.chain.pem, switch.0.report.bin, ...
 *detached_eat.json           tokens of NRAS
 driver_rim*.xml              NVIDIA's manifests; vbios_rim*.xml
-*.crl, crl*.der, jwks.json   revocation lists, keys of NRAS
+*.crl, crl*.der              revocation lists
 ===========================  ======================================================================
 """
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from security.attestation.azure_evidence import read_azure_evidence
@@ -68,9 +68,7 @@ _DEVICE_PART = re.compile(r"((?:gpu|switch)\.(?:0|[1-9][0-9]?)\.(?:report|chain)
 _DEVICE_LISTS = ("gpu_evidence.json", "switch_evidence.json")
 _TOKENS = re.compile(r"(?:[0-9A-Za-z_-]+_)?detached_eat\.json")
 _RIM = re.compile(r"(?:driver|vbios)_rim[0-9A-Za-z._-]*\.xml")
-_COLLATERAL = re.compile(
-    r"collateral\.json|jwks\.json|[0-9A-Za-z._-]+\.crl|crl[0-9A-Za-z._-]*\.der"
-)
+_COLLATERAL = re.compile(r"collateral\.json|[0-9A-Za-z._-]+\.crl|crl[0-9A-Za-z._-]*\.der")
 _SNP_REPORT_BYTES = 1184
 
 
@@ -240,7 +238,8 @@ class _Reading:
         """Everything put together."""
         self._finish_devices()
         kind = self._finish_machine()
-        collateral = self.collateral.with_more(self._around(path))
+        around = self._around(path)
+        collateral = self.collateral.with_more(around)
         endorsement = b""
         if self.endorsements:
             if kind in ("sev-snp", "azure-vtpm"):
@@ -298,6 +297,12 @@ class _Reading:
                     if self.given.chain is not None:
                         beside = Collateral(crls=beside.crls)
                     found = found.with_more(beside)
+        # Everything else is signed by a vendor, but keys of NRAS are what tokens are trusted by:
+        # only the operator gives them, never whoever brought the evidence.
+        if found.jwks or self.collateral.jwks:
+            self.notes.append("keys of NRAS beside the evidence were left out: give --collateral")
+        self.collateral = replace(self.collateral, jwks=())
+        found = replace(found, jwks=())
         for directory in self.given.collateral:
             more = read_collateral(DocumentDirectory.open(directory, COLLATERAL_FOLDERS))
             found = found.with_more(more)

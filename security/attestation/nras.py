@@ -31,6 +31,7 @@ from security.attestation.errors import (
     FreshnessUnproven,
     NrasAlgorithmRefused,
     NrasClaimRefused,
+    NrasDeviceRepeated,
     NrasDigestMismatch,
     NrasIssuerRefused,
     NrasKeyAmbiguous,
@@ -356,6 +357,19 @@ def _digests(subject: Asked) -> None:
     )
 
 
+def _distinct(subject: Asked) -> None:
+    found: dict[str, str] = {}
+    for name, token in sorted(subject.others.items()):
+        serial = _serial(token)
+        other = found.setdefault(serial, name)
+        if not serial or other != name:
+            raise NrasDeviceRepeated(
+                f"{name} ueid",
+                "a serial number of its own",
+                f"that of {other}" if serial else "none",
+            )
+
+
 def _count(pin: str, device: str) -> TokenRule:
     def look(subject: Asked) -> None:
         assert subject.expected is not None
@@ -427,6 +441,7 @@ OVERALL_RULES: tuple[TokenRule, ...] = (
     TokenRule(
         "nras.overall.digests", "RFC 9711, submods claim, Detached-Submodule-Digest", _digests
     ),
+    TokenRule("nras.overall.distinct", "RFC 9711, ueid claim", _distinct),
 )
 """Asked of the overall token."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from security.attestation.errors import (
     PinMissing,
     PinRefused,
+    RevokedIdentity,
     SnpMigrationAgentAllowed,
     SnpTcbTooLow,
 )
@@ -76,6 +77,9 @@ def _not_revoked(subject: Appraisal) -> None:
         return
     if subject.identity:
         expected.refuse_revoked("CHIP_ID", subject.identity)
+    if not subject.identity and any(len(text) == 128 for text in expected.requirements.revoked):
+        # A revoked machine would only have to mask its chip.
+        raise RevokedIdentity("CHIP_ID", "one that is told, since the policy revokes some", "none")
     if not subject.report.chip_id_masked:
         expected.refuse_revoked("CHIP_ID", subject.report.chip_id.hex())
     if subject.chain is None or endorsement is None:

@@ -196,10 +196,15 @@ class Expectations:
     def refuse_revoked(self, what: str, found: str) -> None:
         """Refuses an identity that the policy revokes.
 
+        Args:
+            what: the vendor's name of the identity.
+            found: hexadecimal digits; "" where there is none.
+
         Raises:
             RevokedIdentity
         """
-        if found in self.requirements.revoked:
+        # As numbers: tools write the same serial with and without leading zeros.
+        if found and int(found, 16) in {int(text, 16) for text in self.requirements.revoked}:
             raise RevokedIdentity(what, "one that the policy does not revoke", _short(found))
 
 

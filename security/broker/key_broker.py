@@ -717,6 +717,11 @@ class KeyBroker:
         except SecurityError as error:
             self._audit("refused", method=method, code=error.code, **fields, reason=str(error))
             raise
+        except Exception as error:
+            # A fault of ours. Its text may hold anything; its kind does not.
+            reason = f"failed by {type(error).__name__}"
+            self._audit("refused", method=method, code="internal_error", **fields, reason=reason)
+            raise
 
 
 def _check_name(what: str, value: str) -> None:

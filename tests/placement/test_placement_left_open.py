@@ -58,6 +58,9 @@ def test_people_read_a_line_for_each_kind() -> None:
         "sev-snp evidence: the policy leaves open chip_id, host_data",
         "nvidia evidence: the policy leaves open driver",
     )
+    assert weakness_warnings(["declared.regions"]) == (
+        "regions are as nodes declare them: nothing proves where a machine stands",
+    )
     assert weakness_warnings(["open", "open.", "roots", "new_one"]) == (
         "open",
         "open.",

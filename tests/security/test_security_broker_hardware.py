@@ -16,6 +16,7 @@ from snp_machine import NOW, SnpMachine, crl
 from security.attestation.collateral import Collateral
 from security.attestation.evidence import Binding, encode_parts, evidence_digest, gpu_nonce
 from security.attestation.nvml import collect_gpus
+from security.broker import key_broker
 from security.broker.key_broker import AdmissionRequest
 from security.errors import CollateralUnusable, SecurityError
 
@@ -101,6 +102,31 @@ def test_masked_chips_are_one_node(tmp_path: Path) -> None:
     collect = collector(masked).collect
     assert lab.broker.admit(lab.request("stage-0", collect=collect, node="node-a"), "test")
     assert refused(lab, lab.request("stage-1", collect=collect, node="node-b")) == "claims_rejected"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_masked_chip_may_be_the_one_that_is_known(tmp_path: Path, first: bool) -> None:
+    """A provider's host may tell the chip to one stage and mask it for the other."""
+    masked = SnpMachine(product="Milan", key="VLEK", chip_id=bytes(64))
+    told = replace(masked, chip_id=bytes(range(1, 65)))
+    requirements = masked.requirements(open=("chip_id",))
+    text = policy_text(masked, requirements=requirements, separate_nodes=True)
+    lab = make_lab(tmp_path, text, masked.collateral())
+    order = [told, masked] if first else [masked, told]
+    one, other = (collector(machine).collect for machine in order)
+    assert lab.broker.admit(lab.request("stage-0", collect=one, node="node-a"), "test")
+    assert refused(lab, lab.request("stage-1", collect=other, node="node-b")) == "claims_rejected"
+
+
+def test_a_fault_of_ours_is_in_the_log(lab: HardwareLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("something of the evidence")
+
+    monkeypatch.setattr(key_broker, "appraise", fail)
+    with pytest.raises(ValueError, match="something"):
+        lab.broker.admit(lab.request(collect=collector(MACHINE).collect), "test")
+    entry = lab.audit()[-1]
+    assert (entry["code"], entry["reason"]) == ("internal_error", "failed by ValueError")
 
 
 # -- collateral ------------------------------------------------------------------------------------
@@ -215,8 +241,6 @@ def test_device_evidence_malformed(gpu_lab: HardwareLab) -> None:
 
 def test_plan_replaced_meanwhile(lab: HardwareLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evidence is appraised without the lock; what was installed meanwhile counts."""
-    from security.broker import key_broker
-
     real = key_broker.appraise
 
     def slow(*arguments: object, **options: object) -> object:

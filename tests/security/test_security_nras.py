@@ -75,11 +75,19 @@ def test_a_token_is_accepted() -> None:
 
 
 def test_gpus_and_switches() -> None:
-    devices = {name: device_claims(name) for name in ("GPU-0", "GPU-1", "SWITCH-0")}
+    names = ("GPU-0", "GPU-1", "SWITCH-0")
+    devices = {name: device_claims(name, 7 + i) for i, name in enumerate(names)}
     pins = {**EXPECTED.requirements.pins, "gpus": ("2",), "switches": ("1",)}
     verdict = judged(ISSUER.eat(devices), requiring(pins=pins))
     verdict.require()
     assert [one.kind for one in verdict.devices] == ["nras-gpu", "nras-gpu", "nras-switch"]
+
+
+@pytest.mark.parametrize("ueid", ["7", "", "x", None])
+def test_one_device_counts_once(ueid: object) -> None:
+    devices = {"GPU-0": device_claims("GPU-0"), "GPU-1": {**device_claims("GPU-1"), "ueid": ueid}}
+    found = codes(judged(ISSUER.eat(devices), None))
+    assert found == {"nras_device_repeated"}
 
 
 def test_freshness() -> None:
@@ -228,13 +236,14 @@ def test_the_overall_token_names_exactly_the_others() -> None:
     assert codes(judged(ISSUER.eat({"GPU-0": good}, tokens={"GPU-0": other}))) == {
         "nras_digest_mismatch"
     }
+    other = ISSUER.token({**good, "ueid": "8"})
     assert codes(judged(ISSUER.eat({"GPU-0": good}, tokens={"GPU-1": other}))) == {
         "nras_digest_mismatch",
         "pin_refused",
     }
     for submods in ({}, None, {"GPU-0": ["DIGEST", ["SHA-1", "00"]]}, [], "x"):
         assert codes(judged(eat(overall={"submods": submods}))) == {"nras_digest_mismatch"}
-    two = json.loads(ISSUER.eat({"GPU-0": good, "GPU-1": good}))
+    two = json.loads(ISSUER.eat({"GPU-0": good, "GPU-1": {**good, "ueid": "8"}}))
     del two[1]["GPU-1"]
     assert codes(judged(json.dumps(two).encode())) == {"nras_digest_mismatch"}
 

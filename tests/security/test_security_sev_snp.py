@@ -9,7 +9,7 @@ from snp_machine import MACHINES, MASKED, NOW, SnpMachine, table
 
 from placement.requirements import Requirements
 from security.attestation.collateral import Collateral
-from security.attestation.errors import SnpReportMalformed
+from security.attestation.errors import RevokedIdentity, SnpReportMalformed
 from security.attestation.sev_snp import ReportDataRule, judge_report, verify_sev_snp
 from security.attestation.snp_pins import PIN_RULES
 from security.attestation.snp_rules import (
@@ -353,6 +353,21 @@ def test_a_pinned_provider_is_not_passed_by_by_any_vcek() -> None:
     verdict = VCEK.verify(**changes, open=("chip_id",))  # type: ignore[arg-type]
     assert codes(verdict) == ["pin_refused"]
     assert "a VCEK, which names no provider" in message(verdict)
+
+
+def test_masking_does_not_hide_from_a_list_of_revoked_chips() -> None:
+    verdict = MASKED.verify(open=("chip_id",), revoked=("11" * 64,))
+    assert codes(verdict) == ["revoked_identity"]
+
+
+@pytest.mark.parametrize("written", ["0a1234", "a1234", "000a1234"])
+def test_revoked_numbers_are_compared_as_numbers(written: str) -> None:
+    expected = Expectations("tdx", Requirements(revoked=(written,)), None)
+    for found in ("a1234", "0a1234"):
+        with pytest.raises(RevokedIdentity):
+            expected.refuse_revoked("serial", found)
+    expected.refuse_revoked("serial", "a12340")
+    expected.refuse_revoked("serial", "")
 
 
 def test_a_masked_report_without_certificate_names_nobody() -> None:
