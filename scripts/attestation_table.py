@@ -120,6 +120,18 @@ def tests_of(codes: list[str]) -> list[str]:
     return [name for name, text in _test_files().items() if words and pattern.search(text)]
 
 
+def nearest(rule: str, codes: list[str]) -> list[str]:
+    """Those of `tests_of` that are about the rule's own kind, or all where none is."""
+    kind = rule.partition(".")[0]
+    found = tests_of(codes)
+    return [name for name in found if kind in name or name in _OTHER_TESTS.get(kind, ())] or found
+
+
+_OTHER_TESTS = {
+    "snp": ("test_security_sev_snp.py",),
+    "nvidia": ("test_security_rim.py", "test_security_spdm.py"),
+    "policy": ("test_attest.py", "test_security_broker_hardware.py"),
+}
 _FILES: dict[str, str] = {}
 
 
@@ -143,7 +155,7 @@ def table() -> str:
         codes = errors_of(rule)
         source = str(rule.source).replace("|", "/")  # type: ignore[attr-defined]
         shown = ", ".join(f"`{code}`" for code in codes)
-        lines.append(f"| `{name}` | {source} | {shown} | {', '.join(tests_of(codes))} |")
+        lines.append(f"| `{name}` | {source} | {shown} | {', '.join(nearest(name, codes))} |")
     ruled = {code for rule in rules().values() for code in errors_of(rule)}
     lines += [
         "",

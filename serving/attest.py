@@ -138,8 +138,9 @@ def _check_document(item: Check) -> dict[str, object]:
         "name": item.name,
         "source": item.source,
         "ok": failure is None,
+        "judged": not item.skipped,
         "code": "" if failure is None else failure.code,
-        "reason": "" if failure is None else str(failure),
+        "reason": item.skipped if failure is None else str(failure),
     }
 
 
@@ -169,12 +170,13 @@ def _print_part(verdict: Verdict, title: str, console: Console) -> None:
     table.add_column("")
     table.add_column("reason", overflow="fold")
     for item in verdict.checks:
-        held = item.failure is None
-        table.add_row(
-            Text(_clean(item.name)),
-            Text("ok", "green") if held else Text("refused", "red"),
-            Text("" if held else _clean(f"{item.failure.code}: {item.failure}")),  # type: ignore[union-attr]
-        )
+        if item.failure is not None:
+            state, why = Text("refused", "red"), item.failure.code
+        elif item.skipped:
+            state, why = Text("not judged", "yellow"), item.skipped
+        else:
+            state, why = Text("ok", "green"), ""
+        table.add_row(Text(_clean(item.name)), state, Text(_clean(why)))
     if verdict.checks:
         console.print(table)
     for note in verdict.notes:

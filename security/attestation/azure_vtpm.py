@@ -243,7 +243,7 @@ def _td_report(subject: AzureSubject) -> None:
     if report.identity != identity or report.reportdata != body.reportdata:
         raise TdReportMismatch(
             "TDREPORT in the HCL report",
-            f"the TD of the quote, MRTD {body.mrtd.hex()[:16]}...",
+            f"the TD of the quote, MRTD {body.mrtd.hex()}",
             f"MRTD {report.identity[16:24].hex()}... or other attributes or REPORTDATA",
         )
 
@@ -253,8 +253,8 @@ def _runtime_data(subject: AzureSubject) -> None:
     if subject.reported is not None and subject.reported != wanted:
         raise RuntimeDataMismatch(
             "hardware report's REPORT_DATA",
-            f"SHA-256 of the runtime claims, {wanted.hex()[:16]}..., then zeros",
-            f"{subject.reported.hex()[:16]}...",
+            f"SHA-256 of the runtime claims, {wanted.hex()}, then zeros",
+            f"{subject.reported.hex()}",
         )
 
 
@@ -299,8 +299,8 @@ def _pcr_digest(subject: AzureSubject) -> None:
     if found != subject.quote.pcr_digest:
         raise PcrDigestMismatch(
             "digest of the PCR values",
-            f"{subject.quote.pcr_digest.hex()[:16]}... as signed",
-            f"{found.hex()[:16]}...",
+            f"{subject.quote.pcr_digest.hex()} as signed",
+            f"{found.hex()}",
         )
 
 
@@ -310,7 +310,7 @@ def _freshness(subject: AzureSubject) -> None:
     found = subject.quote.extra_data
     if found not in (subject.bound_to, hashlib.sha256(subject.bound_to).digest()):
         raise EvidenceNotBound(
-            f"TPM quote: expected extraData {subject.bound_to.hex()[:16]}... or its SHA-256, found "
+            f"TPM quote: expected extraData {subject.bound_to.hex()} or its SHA-256, found "
             f"{found.hex()[:16] or 'nothing'}...; it was made for another challenge or machine"
         )
 

@@ -46,10 +46,11 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise FileUnusable(f"{path}: expected a readable file, found {error.strerror}") from None
+    # Before Python wraps it, which fails for a directory.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileUnusable(f"{path}: expected a regular file, found another thing")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise FileUnusable(f"{path}: expected a regular file, found another thing")
         try:
             content = file.read(limit + 1)
         except OSError as error:

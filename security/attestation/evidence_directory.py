@@ -2,8 +2,8 @@
 
 Only names that are known are read, so that a directory cannot talk anybody into believing more
 than it shows. A file that says by its name that it does not belong (bad, mismatch, partial) is left
-out and noted; an option can still give it by hand. Leaving a file out never makes evidence better:
-what is missing is refused as missing.
+out and noted, a manifest only where there is another one; an option can still give it by hand.
+Leaving a file out never makes evidence better: what is missing is refused as missing.
 
 ===========================  ======================================================================
 report.bin                   SEV-SNP report
@@ -19,7 +19,7 @@ report.hex with chain.pem    one GPU
 gpu_evidence.json            NVIDIA evidence of GPUs; switch_evidence.json of switches
 gpu.0.report.bin, ...        the same part by part, with gpu.0.chain.pem, switch.0.report.bin, ...
 *detached_eat.json           tokens of NRAS
-driver_rim*.xml              NVIDIA's manifests; vbios_rim*.xml
+*.xml                        NVIDIA's manifests
 *.crl, crl*.der              revocation lists
 ===========================  ======================================================================
 """
@@ -42,7 +42,7 @@ from security.attestation.document_files import (
     read_file,
 )
 from security.attestation.nvidia_evidence import read_json_evidence, read_text_evidence
-from security.errors import AppraisalError, FileUnusable
+from security.errors import AppraisalError, EvidenceMalformed, FileUnusable
 
 __all__ = ["EvidenceFiles", "GivenFiles", "read_evidence"]
 
@@ -67,7 +67,6 @@ _ENDORSEMENT = re.compile(r"v[cl]ek\.(?:der|pem|crt|cer)")
 _DEVICE_PART = re.compile(r"((?:gpu|switch)\.(?:0|[1-9][0-9]?)\.(?:report|chain))\.(?:bin|pem)")
 _DEVICE_LISTS = ("gpu_evidence.json", "switch_evidence.json")
 _TOKENS = re.compile(r"(?:[0-9A-Za-z_-]+_)?detached_eat\.json")
-_RIM = re.compile(r"(?:driver|vbios)_rim[0-9A-Za-z._-]*\.xml")
 _COLLATERAL = re.compile(r"collateral\.json|[0-9A-Za-z._-]+\.crl|crl[0-9A-Za-z._-]*\.der")
 _SNP_REPORT_BYTES = 1184
 
@@ -149,10 +148,13 @@ class _Reading:
     collateral: Collateral = field(default_factory=Collateral)
     malformed: dict[str, AppraisalError] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    doubtful: dict[str, bytes] = field(default_factory=dict)
 
     def take(self, directory: DocumentDirectory, name: str) -> None:
         """One file of the directory, if its name is known."""
         if _COUNTER_EXAMPLE.search(name):
+            if name.endswith(".xml"):
+                self.doubtful[name] = directory.read(name)
             self.notes.append(f"{name} was left out: its name says that it does not belong here")
             return
         for kind, table in (("sev-snp", _SNP), ("tdx", _TDX), ("azure-vtpm", _AZURE)):
@@ -173,7 +175,8 @@ class _Reading:
         elif _ENDORSEMENT.fullmatch(name):
             if self.given.endorsement is None:
                 self.endorsements += certificates_in(directory.read(name))
-        elif _RIM.fullmatch(name):
+        elif name.lower().endswith(".xml"):
+            # Manifests are the only XML here; one that lies here is judged, whatever its name.
             if not self.given.rims:
                 self._add(name, directory.read(name))
         elif _COLLATERAL.fullmatch(name):
@@ -236,6 +239,11 @@ class _Reading:
 
     def result(self, path: Path | None) -> EvidenceFiles:
         """Everything put together."""
+        if not self.collateral.rims:
+            # With nothing better beside them they are what the directory has to say.
+            for name, data in self.doubtful.items():
+                self._add(name, data)
+                self.notes.append(f"{name} was taken after all: there is no other manifest")
         self._finish_devices()
         kind = self._finish_machine()
         around = self._around(path)
@@ -270,6 +278,10 @@ class _Reading:
         if self.given.chain is not None:
             chain = read_file(self.given.chain)
         try:
+            if not chain.strip():
+                raise EvidenceMalformed(
+                    "chain.pem: expected the certificates of the GPU beside report.hex, found none"
+                )
             self.devices |= read_text_evidence(report, chain)
         except AppraisalError as error:
             self.malformed["nvidia"] = error
@@ -292,7 +304,9 @@ class _Reading:
             found = Collateral(certificates=self._certificates(self.given.chain))
         if path is not None:
             for roots in (path / "roots", path.resolve().parent / "roots"):
-                if roots.is_dir():
+                if roots.is_symlink():
+                    self.notes.append(f"{roots.name} was left out: it is a link")
+                elif roots.is_dir():
                     beside = read_collateral(DocumentDirectory.open(roots))
                     if self.given.chain is not None:
                         beside = Collateral(crls=beside.crls)

@@ -31,7 +31,7 @@ from security.attestation.nvidia_certificates import (
     verify_raw_signature,
 )
 from security.attestation.spdm import OpaqueField, Report, read_report
-from security.attestation.verdict import Expectations
+from security.attestation.verdict import Expectations, NotJudged
 
 __all__ = [
     "POLICY_RULES",
@@ -289,18 +289,18 @@ def _signature(subject: Subject) -> None:
 def _nonce(subject: Subject) -> None:
     question, found = subject.question, subject.device.report.request.nonce
     if question.opens("freshness"):
-        return
+        raise NotJudged("the policy opens freshness")
     if question.bound_to is None:
         if question.expected is not None:
             raise FreshnessUnproven(
                 f"{subject.device.name} nonce", "a challenge to compare it with", "none"
             )
-        return
+        raise NotJudged("no challenge was given")
     if found != question.bound_to:
         raise NonceMismatch(
             f"{subject.device.name} nonce",
-            f"{question.bound_to.hex()[:16]}...",
-            f"{found.hex()[:16]}...",
+            f"{question.bound_to.hex()}",
+            f"{found.hex()}",
         )
 
 
@@ -308,11 +308,13 @@ def _firmware_id(subject: Subject) -> None:
     device = subject.device
     found = device.report.response.opaque.get(OpaqueField.FWID)
     certified = device.chain[0].firmware_id
-    if found is not None and found != certified:
+    if found is None:
+        raise NotJudged("the report has none")
+    if found != certified:
         raise FirmwareIdMismatch(
             f"{device.name} FWID",
-            f"{certified.hex()[:16]}... of the leaf" if certified else "none: the leaf has none",
-            f"{found.hex()[:16]}...",
+            f"{certified.hex()} of the leaf" if certified else "none: the leaf has none",
+            f"{found.hex()}",
         )
 
 

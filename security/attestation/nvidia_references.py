@@ -2,8 +2,9 @@
 
 A GPU has two references, one for its driver and one for its VBIOS; a switch has the second only.
 A candidate is a manifest of the collateral for the device's product and version. One that is not
-validly signed at the time is no reference; a component is proven by one valid candidate that
-matches all its active measurements.
+validly signed at the time is no reference. A component is proven where it has a valid candidate and
+the device matches all active measurements of every valid one: references that differ are no
+alternatives.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from security.attestation.errors import (
 from security.attestation.nvidia_device import GPU, STATUS_OFF, Device, Question
 from security.attestation.rim import Heading, ReferenceManifest, read_heading, verify_rim
 from security.attestation.spdm import OpaqueField
+from security.attestation.verdict import NotJudged
 from security.errors import AppraisalError
 
 __all__ = [
@@ -49,14 +51,16 @@ class Library:
         self._shelf: list[tuple[str, Heading, bytes]] = []
         self._opened: dict[bytes, ReferenceManifest | AppraisalError] = {}
         notes: list[str] = []
+        malformed: list[str] = []
         for name, xml in question.collateral.rims[:_MAX_MANIFESTS]:
             try:
                 self._shelf.append((name, read_heading(xml), xml))
             except RimMalformed as error:
-                notes.append(f"RIM {name:.128} was ignored: {error.code}: {error}")
+                malformed.append(f"{name:.128} ({error.code}: {error})")
         if len(question.collateral.rims) > _MAX_MANIFESTS:
             notes.append(f"RIMs after the first {_MAX_MANIFESTS} were ignored")
         self.notes = tuple(notes)
+        self.malformed = tuple(malformed)
 
     def find(self, products: frozenset[str], version: str) -> list[tuple[str, bytes]]:
         """Names and contents of the manifests for one of the products in a version."""
@@ -135,11 +139,13 @@ class Compared:
         device: the device.
         question: what it is judged by.
         components: driver and VBIOS of a GPU, VBIOS of a switch.
+        malformed: manifests of the collateral that do not parse, and why; any may be the device's.
     """
 
     device: Device
     question: Question
     components: tuple[Component, ...]
+    malformed: tuple[str, ...] = ()
 
     def component(self, name: str) -> Component | None:
         """A component by name; None where the device has none."""
@@ -156,11 +162,6 @@ class Compared:
                 for item in component.candidates
                 if item.manifest is None
             ]
-            found += [
-                f"{what}: RIM {item.name:.128} was not matched, another was"
-                for item in component.valid
-                if component.proofs and item.differing
-            ]
             if not component.candidates:
                 found.append(f"{what}: no RIM among the collateral")
         return tuple(found)
@@ -175,7 +176,7 @@ def compare(device: Device, question: Question, library: Library) -> Compared:
         found = library.find(frozenset(products), version) if version else []
         candidates = [_candidate(device, library, rim, xml) for rim, xml in found]
         components.append(Component(name, version, tuple(candidates)))
-    return Compared(device, question, tuple(components))
+    return Compared(device, question, tuple(components), library.malformed)
 
 
 def _candidate(device: Device, library: Library, name: str, xml: bytes) -> Candidate:
@@ -222,31 +223,45 @@ def _reasons(candidates: Sequence[Candidate]) -> str:
 def _matches(name: str) -> Callable[[Compared], None]:
     def look(subject: Compared) -> None:
         component = subject.component(name)
-        if component is None or component.proofs or not component.valid:
-            return
-        closest = min(component.valid, key=lambda item: len(item.differing))
-        indices = ", ".join(str(index) for index in closest.differing[:16])
-        raise ReferenceMismatch(
-            f"{subject.device.name} {name} {component.version}",
-            f"the measurements of RIM {closest.name:.128}",
-            f"others at index {indices}",
-        )
+        if component is None:
+            raise NotJudged(f"the device has no {name} of its own")
+        if not component.valid:
+            raise NotJudged("no valid RIM among the collateral")
+        for rim in component.valid:
+            if rim.differing:
+                indices = ", ".join(str(index) for index in rim.differing[:16])
+                raise ReferenceMismatch(
+                    f"{subject.device.name} {name} {component.version}",
+                    f"the measurements of RIM {rim.name:.128}",
+                    f"others at index {indices}",
+                )
 
     return look
 
 
 def _usable(subject: Compared) -> None:
-    candidates = [item for component in subject.components for item in component.candidates]
-    if candidates and all(item.manifest is None for item in candidates):
+    if subject.malformed:
         raise ReferencesUnusable(
-            f"{subject.device.name} references", "one valid RIM at least", _reasons(candidates)
+            f"{subject.device.name} references",
+            "manifests that parse",
+            "; ".join(subject.malformed[:4]),
+            "leave out what is no manifest",
         )
+    for component in subject.components:
+        if component.candidates and not component.valid:
+            raise ReferencesUnusable(
+                f"{subject.device.name} {component.name} {component.version}",
+                "a valid RIM among those for it",
+                _reasons(component.candidates),
+            )
+    if not any(component.candidates for component in subject.components):
+        raise NotJudged("no RIM among the collateral")
 
 
 def _conflict(subject: Compared) -> None:
     driver, vbios = subject.component("driver"), subject.component("vbios")
     if driver is None or vbios is None or not driver.proofs or not vbios.proofs:
-        return
+        raise NotJudged("not both a driver and a VBIOS RIM that match")
     shared: set[int] = set()
     for one in driver.proofs:
         for other in vbios.proofs:

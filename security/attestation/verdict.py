@@ -24,9 +24,16 @@ from security.attestation.errors import (
 )
 from security.errors import AppraisalError
 
-__all__ = ["Check", "Expectations", "Rule", "Verdict", "judge"]
+__all__ = ["Check", "Expectations", "NotJudged", "Rule", "Verdict", "judge"]
 
 SubjectT_contra = TypeVar("SubjectT_contra", contravariant=True)
+
+
+class NotJudged(Exception):
+    """There is nothing to compare, and nothing demands that there be.
+
+    For what a rule leaves undone without refusing: shown as neither right nor wrong.
+    """
 
 
 class Rule(Protocol[SubjectT_contra]):
@@ -50,6 +57,7 @@ class Rule(Protocol[SubjectT_contra]):
 
         Raises:
             AppraisalError: the rule does not hold.
+            NotJudged: there is nothing to compare.
         """
 
 
@@ -61,11 +69,13 @@ class Check:
         name: the rule's.
         source: the rule's.
         failure: why it does not hold; None where it does.
+        skipped: why there was nothing to compare; "" where there was.
     """
 
     name: str
     source: str
     failure: AppraisalError | None = None
+    skipped: str = ""
 
 
 def judge(rules: Iterable[Rule[SubjectT_contra]], subject: SubjectT_contra) -> tuple[Check, ...]:
@@ -73,11 +83,14 @@ def judge(rules: Iterable[Rule[SubjectT_contra]], subject: SubjectT_contra) -> t
     checks: list[Check] = []
     for rule in rules:
         failure: AppraisalError | None = None
+        skipped = ""
         try:
             rule.check(subject)
+        except NotJudged as reason:
+            skipped = str(reason)
         except AppraisalError as error:
             failure = error
-        checks.append(Check(rule.name, rule.source, failure))
+        checks.append(Check(rule.name, rule.source, failure, skipped))
     return tuple(checks)
 
 
@@ -214,4 +227,4 @@ def _some(values: tuple[str, ...]) -> str:
 
 
 def _short(value: str) -> str:
-    return f"{value[:24]}..." if len(value) > 40 else value or "nothing"
+    return f"{value[:128]}..." if len(value) > 128 else value or "nothing"

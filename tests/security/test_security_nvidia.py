@@ -529,15 +529,14 @@ def test_a_reference_that_contradicts_is_not_left_open() -> None:
     assert codes(judged([device], opened)) == {"rim_mismatch"}
 
 
-def test_one_of_several_references_will_do() -> None:
+def test_references_that_differ_are_no_alternatives() -> None:
     device = gpu()
     other = driver_manifest(device.measuring(22, digest("other")))
-    papers = collateral(
-        rims=references(other, driver_manifest(device), vbios_manifest(device), other)
-    )
-    verdict = judged([device], papers=papers)
-    verdict.require()
-    assert len(verdict.devices[0].notes) == 2
+    good = (driver_manifest(device), vbios_manifest(device))
+    for rims in ((other, *good), (*good, other)):
+        papers = collateral(rims=references(*rims))
+        assert codes(judged([device], papers=papers)) == {"rim_mismatch"}
+    judged([device], papers=collateral(rims=references(*good, driver_manifest(device)))).require()
 
 
 def test_references_for_others_are_no_candidates() -> None:
@@ -576,21 +575,19 @@ def test_references_of_which_none_is_valid() -> None:
         assert any("nvidia_root_not_pinned" in note for note in verdict.devices[0].notes)
 
 
-def test_what_is_no_manifest_is_noted() -> None:
+def test_what_is_no_manifest_is_refused() -> None:
     device = gpu()
     papers = collateral(rims=(("broken.xml", b"<a/>"), *collateral().rims))
     verdict = judged([device], papers=papers)
-    verdict.require()
-    assert verdict.notes == (
-        "RIM broken.xml was ignored: rim_malformed: RIM: expected a SoftwareIdentity with one "
-        "Meta, found another document",
-    )
+    assert codes(verdict) == {"rim_unusable"}
+    assert "broken.xml (rim_malformed" in str(verdict.failures[0])
 
 
 def test_manifests_are_bounded() -> None:
     device = gpu()
-    more = tuple((f"{i}.xml", b"<a/>") for i in range(256))
-    verdict = judged([device], papers=collateral(rims=(*collateral().rims, *more)))
+    known = collateral().rims
+    more = tuple((f"{i}.xml", known[0][1]) for i in range(256))
+    verdict = judged([device], papers=collateral(rims=(*known, *more)))
     verdict.require()
     assert verdict.notes[-1] == "RIMs after the first 256 were ignored"
 

@@ -66,7 +66,7 @@ def test_accepted(capsys: Capture, evidence: Path, policy: Path) -> None:
     }
     assert answer.document["at"] == NOW
     assert answer.document["measurement"] == MACHINE.measurement.hex()
-    assert set(answer.document["checks"][0]) == {"name", "source", "ok", "code", "reason"}
+    assert set(answer.document["checks"][0]) == {"name", "source", "ok", "judged", "code", "reason"}
 
 
 def test_throw_away_root_without_a_policy(capsys: Capture, evidence: Path) -> None:
