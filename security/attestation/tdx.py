@@ -108,16 +108,17 @@ def verify_tdx(
     )
     checks = judge(QUOTE_RULES, subject)
     checks += judge((MISSING_COLLATERAL_RULE,) if chosen is None else COLLATERAL_RULES, subject)
-    if chosen is not None:
-        # Asked only where nothing else failed: it stops at the first thing that it dislikes, and
-        # what we refuse ourselves has its own name already.
-        if all(check.failure is None for check in checks):
-            checks += judge((SECOND_OPINION_RULE,), subject)
-        else:
-            notes.append("dcap-qvl was not asked for a second opinion: other checks failed")
+    sound = all(check.failure is None for check in checks)
     checks += judge(_occasional_rules(subject), subject)
     if expected is not None:
         checks += judge((*POLICY_RULES, *PIN_RULES), subject)
+    if chosen is not None:
+        # Asked only where the evidence is sound: it stops at the first thing that it dislikes, and
+        # what we refuse ourselves has its own name already.
+        if sound:
+            checks += judge((SECOND_OPINION_RULE,), subject)
+        else:
+            notes.append("dcap-qvl was not asked for a second opinion: other checks failed")
     notes += _notes(subject)
     return Verdict(
         kind=KIND,

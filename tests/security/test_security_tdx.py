@@ -20,7 +20,7 @@ from security.attestation.dcap import SecondOpinion
 from security.attestation.errors import NotATdQuote, QuoteAlgorithmRefused, QuoteVersionUnsupported
 from security.attestation.tdx import TDX_RULES, verify_tdx
 from security.attestation.verdict import Expectations, Verdict
-from security.errors import EvidenceMalformed
+from security.errors import AppraisalError, EvidenceMalformed
 
 EVENTS = [
     (1, 0x80000001, b"firmware"),
@@ -406,7 +406,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
         data = bound(tdattributes=sept | 1 << bit)
         yield f"reserved attribute {bit}", data, {"td_attributes_reserved"}
     yield "migratable", bound(tdattributes=sept | 1 << 29), {"td_migratable"}
-    yield "#VE by the host", bound(tdattributes=0), {"sept_ve_not_disabled"}
+    yield "#VE by the host", bound(tdattributes=0), {"sept_ve_not_disabled", "dcap_qvl_refused"}
     seam = bytes([1]) + bytes(7)
     yield (
         "SEAM attributes",
@@ -419,7 +419,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
     yield (
         "service TD",
         bound(version=5, body_type=3, mrservicetd=b"\x38" * 48),
-        {"service_td_bound"},
+        {"service_td_bound", "dcap_qvl_refused"},
     )
     yield "another MRTD", bound(mrtd=bytes(48)), {"measurement_refused"}
     yield "another XFAM", bound(xfam=3), {"pin_refused"}
@@ -618,6 +618,75 @@ def test_second_opinion_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for opinion in (SecondOpinion("", "something else"), SecondOpinion("OutOfDate", "")):
         monkeypatch.setattr(tdx_collateral_rules, "ask_dcap_qvl", lambda *_, o=opinion: o)
         assert codes(verify()) == {"dcap_qvl_refused"}
+
+
+RELAUNCHED: dict[str, Any] = {
+    "tee_tcb_svn": bytes([4, 1, 3]) + bytes(13),
+    "version": 5,
+    "body_type": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "relaunched", "aged"),
+    [
+        ("UpToDate", "TDRelaunchAdvised", "OutOfDate"),
+        (
+            "ConfigurationNeeded",
+            "TDRelaunchAdvisedConfigurationNeeded",
+            "OutOfDateConfigurationNeeded",
+        ),
+    ],
+)
+def test_a_new_start_does_not_renew_the_quoting_enclave(
+    status: str, relaunched: str, aged: str
+) -> None:
+    levels = [level((2, 2, 2, 2, 3, 1, 0, 5), (5, 0, 2), 11, status)]
+    documents = (collateral(tcb_info=machine.tcb_info(tcbLevels=levels)),)
+    expected = policy(pins={"tcb_status": (relaunched,)})
+    verify(bound(**RELAUNCHED), documents, expected=expected).require()
+    data = bound(**RELAUNCHED, qe_isvsvn=3)
+    verdict = verify(data, documents, expected=expected)
+    assert verdict.fields["tcb_status"] == aged
+    assert codes(verdict) == {"pin_refused"}
+    # dcap-qvl agrees.
+    verify(data, documents, expected=policy(pins={"tcb_status": (aged,)})).require()
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed", "refused"),
+    [
+        ({"tdattributes": 0}, {"open": ("event_log", "sept_ve_disable")}, "sept_ve_not_disabled"),
+        (
+            {"mrservicetd": b"\x11" * 48, "version": 5, "body_type": 3},
+            {"pins": {"mrservicetd": ("11" * 48,)}},
+            "service_td_bound",
+        ),
+    ],
+)
+def test_second_opinion_is_dropped_only_for_what_the_policy_allows(
+    changes: dict[str, Any], allowed: dict[str, Any], refused: str
+) -> None:
+    verify(bound(**changes), expected=policy(**allowed)).require()
+    verdict = verify(bound(**changes))
+    assert codes(verdict) == {refused, "dcap_qvl_refused"}
+    with pytest.raises(AppraisalError) as first:
+        verdict.require()
+    assert first.value.code == refused
+    # It then says no status: one that is not the best goes unconfirmed.
+    old = changes | {
+        "tee_tcb_svn": bytes([4, 1, 3]) + bytes(13),
+        "tee_tcb_svn2": RELAUNCHED["tee_tcb_svn"],
+    }
+    pins = allowed.get("pins", {}) | {"tcb_status": ("OutOfDate",)}
+    verdict = verify(bound(**old), expected=policy(**allowed | {"pins": pins}))
+    assert verdict.fields["tcb_status"] == "OutOfDate"
+    assert codes(verdict) == {"dcap_qvl_refused"}
+
+
+def test_second_opinion_is_not_dropped_for_another_opened_check() -> None:
+    verdict = verify(bound(tdattributes=0), expected=policy(open=("event_log", "mrservicetd")))
+    assert codes(verdict) == {"sept_ve_not_disabled", "dcap_qvl_refused"}
 
 
 def test_second_opinion_survives_a_panic(monkeypatch: pytest.MonkeyPatch) -> None:
