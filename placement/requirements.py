@@ -132,8 +132,8 @@ class Requirements:
         pins: accepted values by pin; at least one each.
         open: pins and relaxations that the operator leaves open, by name.
         minimum_tcb: least version of each part, by product (SEV-SNP only).
-        revoked: identities that are refused whatever else is true: chip ids, PCK and device
-            serials, FMSPCs, SHA-256 of certificates of AMD's chain, lower-case hex.
+        revoked: identities that are refused whatever else is true: chip ids, PPIDs, PCK and
+            device serials, FMSPCs, SHA-256 of certificates of AMD's chain, lower-case hex.
         roots: SHA-256 (hex, of the DER certificate) of roots that count *instead of* the vendor's;
             empty for the vendor's.
         maximum_age_s: seconds that dated evidence (NRAS tokens) may be old; None where only its

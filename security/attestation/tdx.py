@@ -124,7 +124,8 @@ def verify_tdx(
         kind=KIND,
         product="TDX 1.5" if quote.body.tee_tcb_svn2 is not None else "TDX 1.0",
         measurement=quote.body.mrtd.hex(),
-        identity=chain[0].serial,
+        # Not the certificate's serial number: a platform has a certificate for each TCB level.
+        identity=pck.ppid.hex(),
         fields=_fields(subject),
         checks=checks,
         notes=tuple(notes),

@@ -97,7 +97,7 @@ def test_everything_holds(changes: dict[str, Any]) -> None:
     verdict.require()
     assert verdict.kind == "tdx"
     assert verdict.measurement == machine.default_registers()["mrtd"].hex()
-    assert verdict.identity == "1234abcd"
+    assert verdict.identity == bytes(range(16)).hex()
     assert verdict.fields["tcb_status"] == "UpToDate"
     assert verdict.fields["tcb_date"] == "2024-03-13T00:00:00Z"
     names = [check.name for check in verdict.checks]
@@ -738,6 +738,21 @@ def test_pinned_service_td_must_be_there() -> None:
 @pytest.mark.parametrize("identity", ["1234abcd", "b0c06f000000", bytes(range(16)).hex()])
 def test_revoked_identities(identity: str) -> None:
     assert codes(verify(expected=policy(revoked=(identity,)))) == {"revoked_identity"}
+
+
+def test_certificates_of_one_platform_are_one_node() -> None:
+    found = set()
+    for serial in (0x11, 0x22):
+        pck = vendor().pck(Platform(pcesvn=13 + serial), serial=serial)
+        expected = policy(pins={"pck_serial": ("11", "22")})
+        verdict = verify(bound(pck=pck), expected=expected)
+        verdict.require()
+        found.add(verdict.identity)
+        revoked = policy(pins={"pck_serial": ("11", "22")}, revoked=(verdict.identity,))
+        assert codes(verify(bound(pck=pck), expected=revoked)) == {"revoked_identity"}
+    assert len(found) == 1
+    other = vendor().pck(Platform(ppid=bytes(16)), serial=0x11)
+    assert verify(bound(pck=other)).identity not in found
 
 
 def test_freshness() -> None:
