@@ -205,6 +205,13 @@ def _notes(subject: TdxSubject) -> list[str]:
                     f"the {name} revocation list was issued later than now: it is used all the "
                     "same, as it can only revoke more (RFC 5280, 6.3.3)"
                 )
+        platform = collateral.tcb_info.evaluation_number
+        enclave = collateral.qe_identity.evaluation_number
+        if platform != enclave:
+            notes.append(
+                f"tcbEvaluationDataNumber of the TCB info is {platform}, that of the QE identity "
+                f"{enclave}: Intel issued them for two TCB recoveries"
+            )
     if evaluation is not None and evaluation.advisories:
         notes.append(f"advisories: {', '.join(evaluation.advisories)}")
     return notes

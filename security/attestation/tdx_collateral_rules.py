@@ -206,6 +206,9 @@ def _tcb_info_target(subject: TdxSubject) -> None:
     ):
         if wanted != found:
             raise TcbInfoMismatch(what, wanted, found)
+    bare = sum(not level.tdx_components for level in info.levels)
+    if bare:
+        raise TcbInfoMismatch("tdxtcbcomponents", "some in each TCB level", f"{bare} without")
 
 
 def _qe_identity(subject: TdxSubject) -> None:
@@ -287,7 +290,7 @@ COLLATERAL_RULES: tuple[TdxRule, ...] = (
     *_TCB_INFO.rules(),
     TdxRule(
         "tdx.tcb_info.target",
-        f"{_PCS}, Get TCB Info, id, version, fmspc, pceId",
+        f"{_PCS}, Get TCB Info, id, version, fmspc, pceId, tdxtcbcomponents",
         (TcbInfoMismatch,),
         _tcb_info_target,
     ),

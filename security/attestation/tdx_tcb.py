@@ -225,6 +225,9 @@ def _relaunch(
     if status not in _AGED or module.status is not TcbStatus.OUT_OF_DATE or sgx in _AGED:
         return status
     latest = tcb_info.levels[0].tdx_components
+    if not latest:
+        # A rule about the TCB info refuses it.
+        return status
     if now[1] == 0:
         least = latest[0]
     else:

@@ -602,6 +602,38 @@ def test_unknown_levels_are_malformed(change: dict[str, Any]) -> None:
     assert codes(verdict) == {"tdx_collateral_missing"}
 
 
+def test_tdx_levels_without_tdx_components_are_refused() -> None:
+    bare = level((9,) * 8, (5, 0, 2), 11, "UpToDate")
+    del bare["tcb"]["tdxtcbcomponents"]
+    info = machine.tcb_info()
+    info["tcbLevels"] = [bare, *info["tcbLevels"]]
+    data = bound(
+        tee_tcb_svn=bytes([4, 1, 3]) + bytes(13),
+        tee_tcb_svn2=bytes([6, 0, 3]) + bytes(13),
+        version=5,
+        body_type=3,
+    )
+    expected = policy(pins={"tcb_status": ("OutOfDate",)})
+    for key in (None, machine.new_key()):
+        changes = {} if key is None else {"tcb_info_key": key}
+        found = codes(verify(data, (collateral(tcb_info=info, **changes),), expected=expected))
+        assert "tcb_info_mismatch" in found
+        assert ("tcb_info_signature_invalid" in found) == (key is not None)
+
+
+def test_documents_of_two_evaluations_are_noted() -> None:
+    def notes(number: int) -> list[str]:
+        identity = machine.qe_identity(tcbEvaluationDataNumber=number)
+        verdict = verify(documents=(collateral(qe_identity=identity),))
+        verdict.require()
+        return [note for note in verdict.notes if "tcbEvaluationDataNumber" in note]
+
+    number = machine.tcb_info()["tcbEvaluationDataNumber"]
+    assert notes(number) == []
+    (note,) = notes(number - 1)
+    assert str(number) in note and str(number - 1) in note
+
+
 def test_unknown_tcb_type_is_malformed() -> None:
     verdict = verify(documents=(collateral(tcb_info=machine.tcb_info(tcbType=1)),))
     assert codes(verdict) == {"tdx_collateral_missing"}
