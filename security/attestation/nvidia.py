@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from placement.requirements import Requirements
 from security.attestation.collateral import Collateral
 from security.attestation.errors import (
     DeviceRepeated,
@@ -131,14 +132,14 @@ def verify_nvidia(
     Raises:
         EvidenceMalformed, SpdmUnsupported, CertificateUnsupported: a part does not parse.
     """
-    roots = () if expected is None else expected.requirements.roots
+    requirements = Requirements() if expected is None else expected.requirements
     question = Question(
         collateral=collateral,
         expected=expected,
         now=now,
         bound_to=bound_to,
-        device_roots=roots or (DEVICE_ROOT,),
-        rim_roots=roots or (RIM_ROOT,),
+        device_roots=requirements.roots or (DEVICE_ROOT,),
+        rim_roots=requirements.rim_roots or (RIM_ROOT,),
     )
     devices = _read_set(parts, question)
     library = Library(question)

@@ -434,6 +434,34 @@ def test_names_of_chips() -> None:
         assert "nvidia_architecture_refused" in codes(verdict)
 
 
+def test_a_root_of_devices_signs_no_manifest_and_the_other_way_round() -> None:
+    made = authorities()
+    device = gpu()
+    # Whoever holds the key of a device's leaf, or of anything else under the device root, ...
+    authority = issue("Reference Value L3", made.root)
+    signer = issue("RIM L4 Signer", authority, authority=False)
+    chain = (signer, authority, made.root)
+    papers = collateral(
+        rims=references(
+            replace(driver_manifest(device), chain=chain),
+            replace(vbios_manifest(device), chain=chain),
+        )
+    )
+    assert codes(judged([device], papers=papers)) == {"rim_missing", "rim_unusable"}
+    # ... and whoever holds one under the RIM root.
+    identity = issue("GH100 Identity", made.rim_root)
+    provisioner = issue("GH100 Provisioner ICA 1", identity)
+    boot = issue("GH100 A01 GSP BROM", provisioner)
+    leaf = leaf_under(boot)
+    other = replace(device, chain=(leaf, boot, provisioner, identity, made.rim_root))
+    assert codes(judged([other])) == {"nvidia_root_not_pinned"}
+    # The vendor's roots count where a policy names none of a sort.
+    expected = expectations([device], rim_roots=())
+    assert codes(judged([device], expected)) == {"rim_missing", "rim_unusable"}
+    expected = expectations([device], roots=())
+    assert codes(judged([device], expected)) == {"nvidia_root_not_pinned"}
+
+
 # -- revocation -------------------------------------------------------------------------------
 
 
