@@ -182,8 +182,8 @@ def load_certificate(der: bytes) -> Certificate:
 
     Raises:
         EvidenceMalformed: not an X.509 certificate.
-        CertificateUnsupported: another key or signature algorithm, or a critical extension that
-            is not known here.
+        CertificateUnsupported: another key or signature algorithm, a serial number that is not
+            positive, or a critical extension that is not known here.
     """
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise EvidenceMalformed(
@@ -200,6 +200,11 @@ def load_certificate(der: bytes) -> Certificate:
 def _describe(der: bytes, parsed: x509.Certificate) -> Certificate:
     names = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     common_name = str(names[0].value) if len(names) == 1 else ""
+    # RFC 5280, 4.1.2.2. Revocation lists cannot name another.
+    if not 0 < parsed.serial_number < 1 << 160:
+        raise CertificateUnsupported(
+            f"certificate {common_name:.64}: expected a positive serial number of at most 20 bytes"
+        )
     key = parsed.public_key()
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise CertificateUnsupported(
@@ -329,7 +334,7 @@ def check_revocation(chain: Sequence[Certificate], lists: Sequence[bytes], what:
     """Raises CertificateRevoked: an issuer's list, current or old, names a certificate."""
     for subject, issuer in pairwise(chain):
         for listing in _lists_of(issuer, lists):
-            number = int(subject.serial, 16)
+            number = subject.parsed.serial_number
             if listing.get_revoked_certificate_by_serial_number(number) is not None:
                 raise CertificateRevoked(
                     what, f"{subject.common_name[:64]!r} not to be revoked", "its serial number"

@@ -419,6 +419,19 @@ def test_other_keys_algorithms_and_critical_extensions() -> None:
             verify_nvidia(parts, Collateral(), soundness(), NOW, None)
 
 
+@pytest.mark.parametrize("octet", [0x00, 0x80])
+def test_serial_numbers_that_are_not_positive(octet: int) -> None:
+    made = authorities()
+    odd = issue("GH100 Provisioner ICA 1", made.identity, serial=0x11).der
+    assert odd.count(b"\x02\x01\x11") == 1
+    odd = odd.replace(b"\x02\x01\x11", bytes([2, 1, octet]))
+    chain = [item.der for item in gpu().chain]
+    chain[2] = odd
+    parts = {**gpu().parts(), "gpu.0.chain": b"".join(chain)}
+    with pytest.raises(CertificateUnsupported, match="serial number"):
+        verify_nvidia(parts, collateral(), soundness(), NOW, None)
+
+
 def test_names_of_chips() -> None:
     made = authorities()
     boot = issue("GA100 A01 GSP BROM", made.provisioner)
