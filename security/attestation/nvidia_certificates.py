@@ -364,19 +364,33 @@ def _current(listing: x509.CertificateRevocationList, now: int) -> bool:
 
 
 def _lists_of(issuer: Certificate, lists: Sequence[bytes]) -> list[x509.CertificateRevocationList]:
-    return [parsed for data in lists if (parsed := _list_of(issuer.der, data)) is not None]
+    named = (data for data in lists if _list_issuer(data) == issuer.subject)
+    return [parsed for data in named if (parsed := _list_of(issuer.der, data)) is not None]
+
+
+@lru_cache(maxsize=512)
+def _list_issuer(data: bytes) -> bytes | None:
+    """Whose revocation list it says that it is (DER of the name); None where it does not count.
+
+    A list with a critical extension is partial, or of others' certificates, or a difference.
+    """
+    if len(data) > _MAX_LIST_BYTES:
+        return None
+    try:
+        parsed = x509.load_der_x509_crl(data)
+        if any(extension.critical for extension in parsed.extensions):
+            return None
+        return parsed.issuer.public_bytes()
+    except _NOT_X509:
+        return None
 
 
 @lru_cache(maxsize=256)
 def _list_of(issuer_der: bytes, data: bytes) -> x509.CertificateRevocationList | None:
     """A revocation list, None where the issuer has not signed it."""
     issuer = load_certificate(issuer_der)
-    if len(data) > _MAX_LIST_BYTES:
-        return None
     try:
         parsed = x509.load_der_x509_crl(data)
-        if parsed.issuer.public_bytes() != issuer.subject:
-            return None
         return parsed if parsed.is_signature_valid(issuer.key) else None
     except _NOT_X509:
         return None

@@ -141,6 +141,7 @@ def revocation_list(
     start: int = NOW - 3600,
     end: int = NOW + 3600,
     key: PrivateKey | None = None,
+    extensions: Sequence[tuple[x509.ExtensionType, bool]] = (),
 ) -> bytes:
     """A certificate revocation list in DER."""
     builder = (
@@ -149,6 +150,8 @@ def revocation_list(
         .last_update(time(start))
         .next_update(time(end))
     )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical=critical)
     for serial in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(serial)
         builder = builder.add_revoked_certificate(entry.revocation_date(time(start)).build())

@@ -498,6 +498,20 @@ def test_revocation_lists() -> None:
     assert with_lists(root_list, revocation_list(made.identity, end=NOW - 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, start=NOW + 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, key=new_key())) == unknown
+    partial = x509.IssuingDistributionPoint(
+        full_name=None,
+        relative_name=None,
+        only_contains_user_certs=True,
+        only_contains_ca_certs=False,
+        only_some_reasons=None,
+        indirect_crl=False,
+        only_contains_attribute_certs=False,
+    )
+    for extension in (partial, x509.DeltaCRLIndicator(1)):
+        listing = revocation_list(made.identity, extensions=[(extension, True)])
+        assert with_lists(root_list, listing) == unknown
+    listing = revocation_list(made.identity, extensions=[(x509.CRLNumber(1), False)])
+    assert with_lists(root_list, listing) == set()
     serial = made.provisioner.certificate.serial_number
     revoked = revocation_list(made.identity, [serial])
     assert with_lists(root_list, revoked) == {"nvidia_certificate_revoked"}
