@@ -34,6 +34,7 @@ from security.attestation.nvidia_device import (
     Device,
     Question,
     Subject,
+    leads_to_root,
     read_device,
 )
 from security.attestation.nvidia_references import (
@@ -218,7 +219,11 @@ def _notes(device: Device, question: Question) -> tuple[str, ...]:
     notes: list[str] = []
     if device.kind == GPU and OpaqueField.FWID not in device.report.response.opaque:
         notes.append(f"{device.name}: no FWID in the report (old firmware)")
-    if question.expected is None or question.opens("revocation"):
+    if not leads_to_root(Subject(device, question)):
+        notes.append(
+            f"{device.name}: revocation was not judged: its certificates lead to no accepted root"
+        )
+    elif question.expected is None or question.opens("revocation"):
         unknown = unlisted(
             device.chain, question.collateral.crls, question.now, f"{device.name} certificates"
         )

@@ -41,7 +41,12 @@ from nvidia_machine import (
 )
 
 from placement.requirements import PINS, RELAXATIONS
-from security.attestation import nvidia, nvidia_device, nvidia_references
+from security.attestation import (
+    nvidia,
+    nvidia_certificates,
+    nvidia_device,
+    nvidia_references,
+)
 from security.attestation.collateral import Collateral
 from security.attestation.errors import CertificateUnsupported
 from security.attestation.nvidia import verify_nvidia
@@ -476,6 +481,58 @@ def test_a_root_of_devices_signs_no_manifest_and_the_other_way_round() -> None:
 
 
 # -- revocation -------------------------------------------------------------------------------
+
+
+def test_lists_of_issuers_that_somebody_made_up_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bytes] = []
+
+    def list_of(issuer: bytes, data: bytes) -> None:
+        asked.append(issuer)
+
+    monkeypatch.setattr(nvidia_certificates, "_list_of", list_of)
+    device, made = gpu(), authorities()
+    decoy = issue("Device Root", None)
+    identity = issue("GH100 Identity", decoy, listed=True)
+    provisioner = issue("GH100 Provisioner ICA 1", identity, listed=True)
+    boot = issue("GH100 A01 GSP BROM", provisioner)
+    lists = (*made.lists(), *(revocation_list(item) for item in (decoy, identity, provisioner)))
+    below = device.chain[1]
+    not_authorised = leaf_under(below)
+    for chain in (
+        (leaf_under(boot), boot, provisioner, identity, decoy),
+        (leaf_under(boot), boot, provisioner, identity, made.root),
+        (*device.chain[:4], decoy),
+        (leaf_under(not_authorised), not_authorised, *device.chain[1:4]),
+        (leaf_under(not_authorised), not_authorised, *device.chain[2:]),
+    ):
+        found = replace(device, chain=chain)
+        for expected in (expectations([found]), expectations([found], open=("revocation",))):
+            verdict = judged([found], expected, collateral(crls=lists))
+            assert not verdict.holds
+            assert any("revocation was not judged" in note for note in verdict.devices[0].notes)
+    assert asked == []
+    judged([device], papers=collateral(crls=lists))
+    assert asked
+
+
+def test_each_list_is_parsed_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    load = x509.load_der_x509_crl
+
+    def count(data: bytes) -> x509.CertificateRevocationList:
+        parsed.append(data)
+        return load(data)
+
+    monkeypatch.setattr(x509, "load_der_x509_crl", count)
+    made = authorities()
+    strangers = tuple(revocation_list(issue(f"Stranger {i}", None)) for i in range(8))
+    lists = (revocation_list(made.root), revocation_list(made.identity), *strangers)
+    devices = machine(8, 4).devices
+    judged(devices, papers=collateral(crls=lists)).require()
+    # Once for the name of its issuer, and once more for those of the chains' authorities.
+    assert len(parsed) <= len(lists) + 2
 
 
 def test_revocation_lists() -> None:
