@@ -517,6 +517,39 @@ def test_lists_of_issuers_that_somebody_made_up_are_not_looked_at(
     assert asked
 
 
+def test_lists_of_those_who_sign_manifests() -> None:
+    made, device = authorities(), gpu()
+    top = issue("Reference Value CA", made.rim_root, listed=True)
+    signer = issue("RIM L4 Signer", top, authority=False)
+    chain = (signer, top, made.rim_root)
+    rims = references(
+        replace(driver_manifest(device), chain=chain), replace(vbios_manifest(device), chain=chain)
+    )
+
+    def with_lists(*lists: bytes, **changes: object) -> Verdict:
+        papers = collateral(rims=rims, crls=(*made.lists(), *lists))
+        return judged([device], expectations([device], **changes), papers)
+
+    unusable = {"rim_missing", "rim_unusable"}
+    for lists in (
+        (),
+        (revocation_list(made.rim_root, end=NOW - 1),),
+        (revocation_list(made.rim_root, key=new_key()),),
+    ):
+        verdict = with_lists(*lists)
+        assert codes(verdict) == unusable
+        assert any("nvidia_revocation_unknown" in str(item) for item in verdict.failures)
+    verdict = with_lists(revocation_list(made.rim_root))
+    verdict.require()
+    assert verdict.devices[0].notes == ()
+    revoked = revocation_list(made.rim_root, [top.certificate.serial_number])
+    assert codes(with_lists(revoked)) == unusable
+    assert codes(with_lists(revoked, open=("revocation",))) == unusable
+    opened = with_lists(open=("revocation",))
+    opened.require()
+    assert any("revocation was not judged: signer of RIM" in n for n in opened.devices[0].notes)
+
+
 def test_each_list_is_parsed_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     load = x509.load_der_x509_crl
