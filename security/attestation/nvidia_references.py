@@ -84,7 +84,7 @@ class Library:
                     question.collateral.crls,
                     question.now,
                     f"RIM {name}",
-                    question.expected is not None and not question.opens("revocation"),
+                    demand_lists=question.expected is not None and not question.opens("revocation"),
                 )
             except AppraisalError as error:
                 self._opened[xml] = error

@@ -111,6 +111,7 @@ def verify_rim(
     lists: Sequence[bytes],
     now: int,
     what: str,
+    *,
     demand_lists: bool = True,
 ) -> ReferenceManifest:
     """Verifies a RIM and its signer.
