@@ -247,7 +247,7 @@ class Policy:
         for kind, section in self.requirements.items():
             if kind in kinds:
                 found += [f"open.{kind}.{name}" for name in section.open]
-                found += [f"roots.{kind}"] if section.roots else []
+                found += [f"roots.{kind}"] if section.roots or section.rim_roots else []
         return tuple(found)
 
     def to_document(self) -> dict[str, Encodable]:

@@ -121,6 +121,7 @@ MINIMUM_TCB: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Parts of a TCB version by product (AMD 56860, TCB_VERSION); each is a byte."""
 
+_RIM_KINDS = ("nvidia",)
 _TCB_KINDS = ("sev-snp", "azure-vtpm")
 
 
@@ -132,10 +133,11 @@ class Requirements:
         pins: accepted values by pin; at least one each.
         open: pins and relaxations that the operator leaves open, by name.
         minimum_tcb: least version of each part, by product (SEV-SNP only).
-        revoked: identities that are refused whatever else is true: chip ids, PCK and device
-            serials, FMSPCs, SHA-256 of certificates of AMD's chain, lower-case hex.
+        revoked: identities that are refused whatever else is true: chip ids, PPIDs, PCK and
+            device serials, FMSPCs, SHA-256 of certificates of AMD's chain, lower-case hex.
         roots: SHA-256 (hex, of the DER certificate) of roots that count *instead of* the vendor's;
-            empty for the vendor's.
+            empty for the vendor's. For NVIDIA those of devices only.
+        rim_roots: the same for those who sign reference manifests (NVIDIA only).
         maximum_age_s: seconds that dated evidence (NRAS tokens) may be old; None where only its
             own dates count.
     """
@@ -145,6 +147,7 @@ class Requirements:
     minimum_tcb: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     revoked: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
+    rim_roots: tuple[str, ...] = ()
     maximum_age_s: int | None = None
 
     def __post_init__(self) -> None:
@@ -165,6 +168,8 @@ class Requirements:
         document["open"] = list(self.open)
         document["revoked"] = list(self.revoked)
         document["roots"] = list(self.roots)
+        if self.rim_roots:
+            document["rim_roots"] = list(self.rim_roots)
         if self.maximum_age_s is not None:
             document["maximum_age_s"] = self.maximum_age_s
         return document
@@ -206,6 +211,13 @@ def read_requirements(kind: str, reader: Fields) -> Requirements:
             reader.fail(f"open[{i}]", f"{name} to be either given or open", name)
     revoked = reader.texts("revoked", MAX_VALUES, 128, "[0-9a-f]+") if "revoked" in reader else ()
     roots = reader.texts("roots", 16, 64, _SHA256) if "roots" in reader else ()
+    rim_roots: tuple[str, ...] = ()
+    if kind in _RIM_KINDS and "rim_roots" in reader:
+        rim_roots = reader.texts("rim_roots", 16, 64, _SHA256)
+        for i, root in enumerate(rim_roots):
+            if root in roots:
+                # Else a device's own key could sign what the device should measure.
+                reader.fail(f"rim_roots[{i}]", "a root that does not stand under roots", root)
     age = reader.integer("maximum_age_s", 1, _MAX_AGE_S) if "maximum_age_s" in reader else None
     reader.finish()
-    return Requirements(pins, opened, minimum_tcb, revoked, roots, age)
+    return Requirements(pins, opened, minimum_tcb, revoked, roots, rim_roots, age)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from placement.requirements import Requirements
 from security.attestation.collateral import Collateral
 from security.attestation.errors import (
     DeviceRepeated,
@@ -33,6 +34,7 @@ from security.attestation.nvidia_device import (
     Device,
     Question,
     Subject,
+    leads_to_root,
     read_device,
 )
 from security.attestation.nvidia_references import (
@@ -131,14 +133,14 @@ def verify_nvidia(
     Raises:
         EvidenceMalformed, SpdmUnsupported, CertificateUnsupported: a part does not parse.
     """
-    roots = () if expected is None else expected.requirements.roots
+    requirements = Requirements() if expected is None else expected.requirements
     question = Question(
         collateral=collateral,
         expected=expected,
         now=now,
         bound_to=bound_to,
-        device_roots=roots or (DEVICE_ROOT,),
-        rim_roots=roots or (RIM_ROOT,),
+        device_roots=requirements.roots or (DEVICE_ROOT,),
+        rim_roots=requirements.rim_roots or (RIM_ROOT,),
     )
     devices = _read_set(parts, question)
     library = Library(question)
@@ -217,7 +219,11 @@ def _notes(device: Device, question: Question) -> tuple[str, ...]:
     notes: list[str] = []
     if device.kind == GPU and OpaqueField.FWID not in device.report.response.opaque:
         notes.append(f"{device.name}: no FWID in the report (old firmware)")
-    if question.expected is None or question.opens("revocation"):
+    if not leads_to_root(Subject(device, question)):
+        notes.append(
+            f"{device.name}: revocation was not judged: its certificates lead to no accepted root"
+        )
+    elif question.expected is None or question.opens("revocation"):
         unknown = unlisted(
             device.chain, question.collateral.crls, question.now, f"{device.name} certificates"
         )

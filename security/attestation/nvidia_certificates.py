@@ -182,8 +182,8 @@ def load_certificate(der: bytes) -> Certificate:
 
     Raises:
         EvidenceMalformed: not an X.509 certificate.
-        CertificateUnsupported: another key or signature algorithm, or a critical extension that
-            is not known here.
+        CertificateUnsupported: another key or signature algorithm, a serial number that is not
+            positive, or a critical extension that is not known here.
     """
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise EvidenceMalformed(
@@ -200,6 +200,11 @@ def load_certificate(der: bytes) -> Certificate:
 def _describe(der: bytes, parsed: x509.Certificate) -> Certificate:
     names = parsed.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     common_name = str(names[0].value) if len(names) == 1 else ""
+    # RFC 5280, 4.1.2.2. Revocation lists cannot name another.
+    if not 0 < parsed.serial_number < 1 << 160:
+        raise CertificateUnsupported(
+            f"certificate {common_name:.64}: expected a positive serial number of at most 20 bytes"
+        )
     key = parsed.public_key()
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise CertificateUnsupported(
@@ -329,7 +334,7 @@ def check_revocation(chain: Sequence[Certificate], lists: Sequence[bytes], what:
     """Raises CertificateRevoked: an issuer's list, current or old, names a certificate."""
     for subject, issuer in pairwise(chain):
         for listing in _lists_of(issuer, lists):
-            number = int(subject.serial, 16)
+            number = subject.parsed.serial_number
             if listing.get_revoked_certificate_by_serial_number(number) is not None:
                 raise CertificateRevoked(
                     what, f"{subject.common_name[:64]!r} not to be revoked", "its serial number"
@@ -359,19 +364,33 @@ def _current(listing: x509.CertificateRevocationList, now: int) -> bool:
 
 
 def _lists_of(issuer: Certificate, lists: Sequence[bytes]) -> list[x509.CertificateRevocationList]:
-    return [parsed for data in lists if (parsed := _list_of(issuer.der, data)) is not None]
+    named = (data for data in lists if _list_issuer(data) == issuer.subject)
+    return [parsed for data in named if (parsed := _list_of(issuer.der, data)) is not None]
+
+
+@lru_cache(maxsize=512)
+def _list_issuer(data: bytes) -> bytes | None:
+    """Whose revocation list it says that it is (DER of the name); None where it does not count.
+
+    A list with a critical extension is partial, or of others' certificates, or a difference.
+    """
+    if len(data) > _MAX_LIST_BYTES:
+        return None
+    try:
+        parsed = x509.load_der_x509_crl(data)
+        if any(extension.critical for extension in parsed.extensions):
+            return None
+        return parsed.issuer.public_bytes()
+    except _NOT_X509:
+        return None
 
 
 @lru_cache(maxsize=256)
 def _list_of(issuer_der: bytes, data: bytes) -> x509.CertificateRevocationList | None:
     """A revocation list, None where the issuer has not signed it."""
     issuer = load_certificate(issuer_der)
-    if len(data) > _MAX_LIST_BYTES:
-        return None
     try:
         parsed = x509.load_der_x509_crl(data)
-        if parsed.issuer.public_bytes() != issuer.subject:
-            return None
         return parsed if parsed.is_signature_valid(issuer.key) else None
     except _NOT_X509:
         return None

@@ -19,6 +19,7 @@ from security.attestation.errors import (
     ReferencesUnusable,
     RimMalformed,
 )
+from security.attestation.nvidia_certificates import unlisted
 from security.attestation.nvidia_device import GPU, STATUS_OFF, Device, Question
 from security.attestation.rim import Heading, ReferenceManifest, read_heading, verify_rim
 from security.attestation.spdm import OpaqueField
@@ -44,10 +45,15 @@ _SDK = "NVIDIA attestation-sdk"
 
 
 class Library:
-    """The manifests of the collateral, each looked at once for one question."""
+    """The manifests of the collateral, each looked at once for one question.
+
+    Attributes:
+        question: what they are looked at for.
+        notes: what was ignored.
+    """
 
     def __init__(self, question: Question) -> None:
-        self._question = question
+        self.question = question
         self._shelf: list[tuple[str, Heading, bytes]] = []
         self._opened: dict[bytes, ReferenceManifest | AppraisalError] = {}
         notes: list[str] = []
@@ -74,10 +80,15 @@ class Library:
     def open(self, name: str, xml: bytes) -> ReferenceManifest | AppraisalError:
         """A manifest, or why it is no reference."""
         if xml not in self._opened:
-            question = self._question
+            question = self.question
             try:
                 self._opened[xml] = verify_rim(
-                    xml, question.rim_roots, question.collateral.crls, question.now, f"RIM {name}"
+                    xml,
+                    question.rim_roots,
+                    question.collateral.crls,
+                    question.now,
+                    f"RIM {name}",
+                    demand_lists=question.expected is not None and not question.opens("revocation"),
                 )
             except AppraisalError as error:
                 self._opened[xml] = error
@@ -93,12 +104,14 @@ class Candidate:
         manifest: None where it is not valid.
         refusal: why it is not valid, "" where it is.
         differing: indices of the active measurements that the device does not match.
+        unjudged: why revocation of its signer was not judged, "" where it was.
     """
 
     name: str
     manifest: ReferenceManifest | None
     refusal: str
     differing: tuple[int, ...] = ()
+    unjudged: str = ""
 
     @property
     def proves(self) -> bool:
@@ -162,6 +175,11 @@ class Compared:
                 for item in component.candidates
                 if item.manifest is None
             ]
+            found += [
+                f"{what}: revocation was not judged: {item.unjudged}"
+                for item in component.valid
+                if item.unjudged
+            ]
             if not component.candidates:
                 found.append(f"{what}: no RIM among the collateral")
         return tuple(found)
@@ -193,7 +211,11 @@ def _candidate(device: Device, library: Library, name: str, xml: bytes) -> Candi
         if index not in skipped
         and (index >= len(blocks) or blocks[index].value not in alternatives)
     ]
-    return Candidate(name, opened, "", tuple(differing))
+    question = library.question
+    unknown = unlisted(
+        opened.signer, question.collateral.crls, question.now, f"signer of RIM {name:.128}"
+    )
+    return Candidate(name, opened, "", tuple(differing), "" if unknown is None else str(unknown))
 
 
 @dataclass(frozen=True, slots=True)

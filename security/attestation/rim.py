@@ -39,6 +39,7 @@ from security.attestation.nvidia_certificates import (
     check_revocation,
     check_root,
     load_certificate,
+    unlisted,
 )
 from security.errors import EvidenceMalformed
 
@@ -105,7 +106,13 @@ def read_heading(xml: bytes) -> Heading:
 
 
 def verify_rim(
-    xml: bytes, roots: Sequence[str], lists: Sequence[bytes], now: int, what: str
+    xml: bytes,
+    roots: Sequence[str],
+    lists: Sequence[bytes],
+    now: int,
+    what: str,
+    *,
+    demand_lists: bool = True,
 ) -> ReferenceManifest:
     """Verifies a RIM and its signer.
 
@@ -115,11 +122,13 @@ def verify_rim(
         lists: revocation lists in DER.
         now: Unix time in seconds.
         what: name of the RIM, for messages.
+        demand_lists: whether there must be a current list of each certificate that names one.
 
     Raises:
         RimMalformed, RimSignatureRefused, RimSignatureInvalid: the document.
         ChainWrongLength, ChainBroken, ChainNotAuthorised, CertificateNotCurrent, RootNotPinned,
-        CertificateRevoked, CertificateUnsupported, EvidenceMalformed: the signer's chain.
+        CertificateRevoked, RevocationUnknown, CertificateUnsupported, EvidenceMalformed: the
+        signer's chain.
     """
     found = _verified(xml)
     check_length(found.signer, *_CHAIN, f"signer of {what}")
@@ -128,6 +137,9 @@ def verify_rim(
     check_authority(found.signer, f"signer of {what}")
     check_dates(found.signer, now, f"signer of {what}")
     check_revocation(found.signer, lists, f"signer of {what}")
+    failure = unlisted(found.signer, lists, now, f"signer of {what}") if demand_lists else None
+    if failure is not None:
+        raise failure
     return found
 
 

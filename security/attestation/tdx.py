@@ -108,22 +108,24 @@ def verify_tdx(
     )
     checks = judge(QUOTE_RULES, subject)
     checks += judge((MISSING_COLLATERAL_RULE,) if chosen is None else COLLATERAL_RULES, subject)
-    if chosen is not None:
-        # Asked only where nothing else failed: it stops at the first thing that it dislikes, and
-        # what we refuse ourselves has its own name already.
-        if all(check.failure is None for check in checks):
-            checks += judge((SECOND_OPINION_RULE,), subject)
-        else:
-            notes.append("dcap-qvl was not asked for a second opinion: other checks failed")
+    sound = all(check.failure is None for check in checks)
     checks += judge(_occasional_rules(subject), subject)
     if expected is not None:
         checks += judge((*POLICY_RULES, *PIN_RULES), subject)
+    if chosen is not None:
+        # Asked only where the evidence is sound: it stops at the first thing that it dislikes, and
+        # what we refuse ourselves has its own name already.
+        if sound:
+            checks += judge((SECOND_OPINION_RULE,), subject)
+        else:
+            notes.append("dcap-qvl was not asked for a second opinion: other checks failed")
     notes += _notes(subject)
     return Verdict(
         kind=KIND,
         product="TDX 1.5" if quote.body.tee_tcb_svn2 is not None else "TDX 1.0",
         measurement=quote.body.mrtd.hex(),
-        identity=chain[0].serial,
+        # Not the certificate's serial number: a platform has a certificate for each TCB level.
+        identity=pck.ppid.hex(),
         fields=_fields(subject),
         checks=checks,
         notes=tuple(notes),
@@ -203,6 +205,13 @@ def _notes(subject: TdxSubject) -> list[str]:
                     f"the {name} revocation list was issued later than now: it is used all the "
                     "same, as it can only revoke more (RFC 5280, 6.3.3)"
                 )
+        platform = collateral.tcb_info.evaluation_number
+        enclave = collateral.qe_identity.evaluation_number
+        if platform != enclave:
+            notes.append(
+                f"tcbEvaluationDataNumber of the TCB info is {platform}, that of the QE identity "
+                f"{enclave}: Intel issued them for two TCB recoveries"
+            )
     if evaluation is not None and evaluation.advisories:
         notes.append(f"advisories: {', '.join(evaluation.advisories)}")
     return notes

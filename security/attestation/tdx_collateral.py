@@ -294,7 +294,7 @@ def _read_tcb_level(fields: Fields) -> TcbLevel:
     return TcbLevel(
         sgx_components=_components(tcb, "sgxtcbcomponents"),
         pcesvn=tcb.integer("pcesvn", 0, 65535),
-        # TCB info of SGX has none; the rule about its id refuses it.
+        # TCB info of SGX has none; the rule about its target refuses it.
         tdx_components=_components(tcb, "tdxtcbcomponents") if "tdxtcbcomponents" in tcb else (),
         status=fields.choice("tcbStatus", TcbStatus),
         date=fields.text("tcbDate", 32),

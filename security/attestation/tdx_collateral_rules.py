@@ -206,6 +206,9 @@ def _tcb_info_target(subject: TdxSubject) -> None:
     ):
         if wanted != found:
             raise TcbInfoMismatch(what, wanted, found)
+    bare = sum(not level.tdx_components for level in info.levels)
+    if bare:
+        raise TcbInfoMismatch("tdxtcbcomponents", "some in each TCB level", f"{bare} without")
 
 
 def _qe_identity(subject: TdxSubject) -> None:
@@ -287,7 +290,7 @@ COLLATERAL_RULES: tuple[TdxRule, ...] = (
     *_TCB_INFO.rules(),
     TdxRule(
         "tdx.tcb_info.target",
-        f"{_PCS}, Get TCB Info, id, version, fmspc, pceId",
+        f"{_PCS}, Get TCB Info, id, version, fmspc, pceId, tdxtcbcomponents",
         (TcbInfoMismatch,),
         _tcb_info_target,
     ),
@@ -340,17 +343,30 @@ _ACCEPTED_REFUSALS = {
 """What dcap-qvl refuses by itself although a policy may allow it, and what the policy calls it."""
 
 
+def _tolerated(subject: TdxSubject, refusal: str) -> bool:
+    """Whether the policy allows the very thing that dcap-qvl refuses."""
+    name = _ACCEPTED_REFUSALS.get(refusal)
+    if name is None or subject.expected is None:
+        return False
+    requirements = subject.expected.requirements
+    return requirements.opens(name) or name in requirements.pins
+
+
 def _second_opinion(subject: TdxSubject) -> None:
     opinion = ask_dcap_qvl(
         subject.quote.octets, subject.needed_collateral, subject.chain[-1].der, subject.now
     )
     ours = "" if subject.evaluation is None else subject.evaluation.status.value
     if opinion.refusal:
-        # These stand last in dcap-qvl, after every signature, date and level; we judge them
-        # ourselves, by the policy.
-        if opinion.refusal in _ACCEPTED_REFUSALS:
-            return
-        raise SecondOpinionRefused("dcap-qvl", f"acceptance with {ours}", opinion.refusal)
+        # What a policy may allow stands last in dcap-qvl, after every signature, date and level.
+        # The status goes unsaid then, so only the one that needs no second opinion passes.
+        if not _tolerated(subject, opinion.refusal):
+            raise SecondOpinionRefused("dcap-qvl", f"acceptance with {ours}", opinion.refusal)
+        if ours != TcbStatus.UP_TO_DATE:
+            raise SecondOpinionRefused(
+                "TCB status by dcap-qvl", ours, f"none, as it refuses: {opinion.refusal}"
+            )
+        return
     if opinion.status != ours:
         raise SecondOpinionRefused("TCB status by dcap-qvl", ours, opinion.status)
 
@@ -358,4 +374,4 @@ def _second_opinion(subject: TdxSubject) -> None:
 SECOND_OPINION_RULE = TdxRule(
     "tdx.dcap_qvl", "dcap-qvl, verify_with_root_ca", (SecondOpinionRefused,), _second_opinion
 )
-"""Asked where nothing failed so far."""
+"""Asked where no rule on the quote or the collateral failed."""

@@ -35,6 +35,9 @@ _WORSE_BY_AGE = {
     TcbStatus.SW_HARDENING_NEEDED: TcbStatus.OUT_OF_DATE,
     TcbStatus.CONFIGURATION_NEEDED: TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED,
     TcbStatus.CONFIGURATION_AND_SW_HARDENING_NEEDED: TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED,
+    # A new start of the TD does not renew the quoting enclave.
+    TcbStatus.TD_RELAUNCH_ADVISED: TcbStatus.OUT_OF_DATE,
+    TcbStatus.TD_RELAUNCH_ADVISED_CONFIGURATION_NEEDED: TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED,
 }
 _AGED = (TcbStatus.OUT_OF_DATE, TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED)
 _CONFIGURATION = (
@@ -222,6 +225,9 @@ def _relaunch(
     if status not in _AGED or module.status is not TcbStatus.OUT_OF_DATE or sgx in _AGED:
         return status
     latest = tcb_info.levels[0].tdx_components
+    if not latest:
+        # A rule about the TCB info refuses it.
+        return status
     if now[1] == 0:
         least = latest[0]
     else:

@@ -103,7 +103,7 @@ class Verdict:
         product: product family by the vendor's name, "" if unknown.
         measurement: what the machine runs, lower-case hex (MEASUREMENT, MRTD); "" where the kind
             has none.
-        identity: what names the very machine: chip id, PCK serial, device serials; "" if masked.
+        identity: what names the very machine: chip id, PPID, device serials; "" if masked.
         fields: what the evidence says, by the vendor's field names, for people.
         checks: every rule that was asked, in order.
         notes: what was not judged, or was ignored, and why.

@@ -23,7 +23,7 @@ from nvidia_machine import DRIVER, NOW, Manifest, authorities, digest
 from security.attestation.rim import read_heading, verify_rim
 from security.errors import SecurityError
 
-ROOTS = authorities().roots
+ROOTS = authorities().rim_roots
 MANIFEST = Manifest(DRIVER, {7: [digest("seven")], 9: [digest("nine"), digest("IX")]})
 SIGNED = MANIFEST.signed()
 MEASUREMENTS = {7: (digest("seven"),), 9: (digest("nine"), digest("IX"))}

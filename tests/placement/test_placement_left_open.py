@@ -12,8 +12,7 @@ from placement.plan import PlanTemplate
 from placement.policy import parse_policy
 from placement.verify import PlanRejected, verify_template
 
-POLICY = parse_policy(
-    f"""
+POLICY_TEXT = f"""
 version: 1
 name: opened
 protect: {{prompt: attested, activations: attested, weights: attested}}
@@ -25,7 +24,7 @@ requirements:
 ingress: sealed
 accept: [unhardened]
 """
-)
+POLICY = parse_policy(POLICY_TEXT)
 OPEN = ("open.sev-snp.chip_id", "open.sev-snp.host_data", "roots.sev-snp", "open.nvidia.driver")
 
 
@@ -50,6 +49,13 @@ def test_a_template_that_opens_more_than_the_policy_is_refused() -> None:
     more = (*template().weaknesses, "open.sev-snp.csp_id")
     with pytest.raises(PlanRejected, match=r"weakness\.unaccepted.*open\.sev-snp\.csp_id"):
         verify_template(replace(template(), weaknesses=more), POLICY, POLICY.digest)
+
+
+@pytest.mark.parametrize("field", ["roots", "rim_roots"])
+def test_other_roots_of_devices_or_of_manifests_are_named(field: str) -> None:
+    text = POLICY_TEXT.replace("open: [driver]", f'open: [driver], {field}: ["{"ef" * 32}"]')
+    assert "roots.nvidia" in parse_policy(text).left_open(("nvidia",))
+    assert "roots.nvidia" not in POLICY.left_open(("nvidia",))
 
 
 def test_people_read_a_line_for_each_kind() -> None:

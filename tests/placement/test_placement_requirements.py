@@ -175,6 +175,19 @@ def test_other_fields_are_bounded_and_known(name: str, value: object) -> None:
     assert name in refused("sev-snp", {name: value})
 
 
+def test_roots_of_manifests_belong_to_nvidia_and_are_no_roots_of_devices() -> None:
+    section = {"roots": ["9f" * 32], "rim_roots": ["8e" * 32]}
+    found = read("nvidia", section)
+    assert (found.roots, found.rim_roots) == (("9f" * 32,), ("8e" * 32,))
+    assert read("nvidia", decode(encode(found.to_document()), 1 << 16)) == found
+    assert "rim_roots" not in read("nvidia", {}).to_document()
+    for kind in set(PINS) - {"nvidia"}:
+        assert "rim_roots" in refused(kind, section)
+    assert "rim_roots[0]" in refused("nvidia", {"roots": ["9f" * 32], "rim_roots": ["9f" * 32]})
+    for bad in (["9f" * 31], ["9f" * 32] * 17, "9f" * 32):
+        assert "rim_roots" in refused("nvidia", {"rim_roots": bad})
+
+
 def test_as_many_chips_as_a_fleet_has_can_be_pinned() -> None:
     chips = [f"{i:0128x}" for i in range(MAX_VALUES)]
     assert len(read("sev-snp", {"chip_id": chips}).pins["chip_id"]) == MAX_VALUES

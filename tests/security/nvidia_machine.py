@@ -141,6 +141,7 @@ def revocation_list(
     start: int = NOW - 3600,
     end: int = NOW + 3600,
     key: PrivateKey | None = None,
+    extensions: Sequence[tuple[x509.ExtensionType, bool]] = (),
 ) -> bytes:
     """A certificate revocation list in DER."""
     builder = (
@@ -149,6 +150,8 @@ def revocation_list(
         .last_update(time(start))
         .next_update(time(end))
     )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical=critical)
     for serial in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(serial)
         builder = builder.add_revoked_certificate(entry.revocation_date(time(start)).build())
@@ -246,8 +249,13 @@ class Authorities:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """Fingerprints of both roots."""
-        return (self.root.fingerprint, self.rim_root.fingerprint)
+        """Fingerprint of the root of devices."""
+        return (self.root.fingerprint,)
+
+    @property
+    def rim_roots(self) -> tuple[str, ...]:
+        """Fingerprint of the root of those who sign manifests."""
+        return (self.rim_root.fingerprint,)
 
     def lists(self) -> tuple[bytes, ...]:
         """Current revocation lists that name nobody."""
@@ -452,7 +460,8 @@ def expectations(devices: Sequence[Device], **changes: object) -> Expectations:
         "gpus": (str(len(gpus)),),
         "switches": (str(len(devices) - len(gpus)),),
     }
-    requirements = Requirements(pins=pins, roots=authorities().roots)
+    made = authorities()
+    requirements = Requirements(pins=pins, roots=made.roots, rim_roots=made.rim_roots)
     return Expectations("nvidia", replace(requirements, **changes), None)
 
 
@@ -466,7 +475,9 @@ def soundness() -> Expectations:
     """Throw-away roots with every pin and check open that can be."""
     names = ("architecture", "driver", "vbios", "device", "gpus", "switches")
     more = ("freshness", "revocation", "fwid", "driver_rim", "vbios_rim")
-    return Expectations("nvidia", Requirements(open=names + more, roots=authorities().roots), None)
+    made = authorities()
+    requirements = Requirements(open=names + more, roots=made.roots, rim_roots=made.rim_roots)
+    return Expectations("nvidia", requirements, None)
 
 
 def public_point(key: PrivateKey) -> tuple[bytes, bytes]:

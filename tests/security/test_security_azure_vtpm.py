@@ -159,7 +159,12 @@ def _cases() -> Iterator[tuple[str, AzureMachine, dict[str, bytes | None], set[s
     )
     debug = AzureMachine(td_changes={"tdattributes": tdx_machine.SEPT_VE_DISABLE | 1})
     yield "TD in debug mode", debug, {}, {"td_debug"}
-    yield "TD with #VE", AzureMachine(td_changes={"tdattributes": 0}), {}, {"sept_ve_not_disabled"}
+    yield (
+        "TD with #VE",
+        AzureMachine(td_changes={"tdattributes": 0}),
+        {},
+        {"sept_ve_not_disabled", "dcap_qvl_refused"},
+    )
 
 
 @pytest.mark.parametrize(("what", "machine", "parts", "expected"), list(_cases()))

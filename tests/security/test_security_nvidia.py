@@ -41,7 +41,12 @@ from nvidia_machine import (
 )
 
 from placement.requirements import PINS, RELAXATIONS
-from security.attestation import nvidia, nvidia_device, nvidia_references
+from security.attestation import (
+    nvidia,
+    nvidia_certificates,
+    nvidia_device,
+    nvidia_references,
+)
 from security.attestation.collateral import Collateral
 from security.attestation.errors import CertificateUnsupported
 from security.attestation.nvidia import verify_nvidia
@@ -419,6 +424,19 @@ def test_other_keys_algorithms_and_critical_extensions() -> None:
             verify_nvidia(parts, Collateral(), soundness(), NOW, None)
 
 
+@pytest.mark.parametrize("octet", [0x00, 0x80])
+def test_serial_numbers_that_are_not_positive(octet: int) -> None:
+    made = authorities()
+    odd = issue("GH100 Provisioner ICA 1", made.identity, serial=0x11).der
+    assert odd.count(b"\x02\x01\x11") == 1
+    odd = odd.replace(b"\x02\x01\x11", bytes([2, 1, octet]))
+    chain = [item.der for item in gpu().chain]
+    chain[2] = odd
+    parts = {**gpu().parts(), "gpu.0.chain": b"".join(chain)}
+    with pytest.raises(CertificateUnsupported, match="serial number"):
+        verify_nvidia(parts, collateral(), soundness(), NOW, None)
+
+
 def test_names_of_chips() -> None:
     made = authorities()
     boot = issue("GA100 A01 GSP BROM", made.provisioner)
@@ -434,7 +452,120 @@ def test_names_of_chips() -> None:
         assert "nvidia_architecture_refused" in codes(verdict)
 
 
+def test_a_root_of_devices_signs_no_manifest_and_the_other_way_round() -> None:
+    made = authorities()
+    device = gpu()
+    # Whoever holds the key of a device's leaf, or of anything else under the device root, ...
+    authority = issue("Reference Value L3", made.root)
+    signer = issue("RIM L4 Signer", authority, authority=False)
+    chain = (signer, authority, made.root)
+    papers = collateral(
+        rims=references(
+            replace(driver_manifest(device), chain=chain),
+            replace(vbios_manifest(device), chain=chain),
+        )
+    )
+    assert codes(judged([device], papers=papers)) == {"rim_missing", "rim_unusable"}
+    # ... and whoever holds one under the RIM root.
+    identity = issue("GH100 Identity", made.rim_root)
+    provisioner = issue("GH100 Provisioner ICA 1", identity)
+    boot = issue("GH100 A01 GSP BROM", provisioner)
+    leaf = leaf_under(boot)
+    other = replace(device, chain=(leaf, boot, provisioner, identity, made.rim_root))
+    assert codes(judged([other])) == {"nvidia_root_not_pinned"}
+    # The vendor's roots count where a policy names none of a sort.
+    expected = expectations([device], rim_roots=())
+    assert codes(judged([device], expected)) == {"rim_missing", "rim_unusable"}
+    expected = expectations([device], roots=())
+    assert codes(judged([device], expected)) == {"nvidia_root_not_pinned"}
+
+
 # -- revocation -------------------------------------------------------------------------------
+
+
+def test_lists_of_issuers_that_somebody_made_up_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bytes] = []
+
+    def list_of(issuer: bytes, data: bytes) -> None:
+        asked.append(issuer)
+
+    monkeypatch.setattr(nvidia_certificates, "_list_of", list_of)
+    device, made = gpu(), authorities()
+    decoy = issue("Device Root", None)
+    identity = issue("GH100 Identity", decoy, listed=True)
+    provisioner = issue("GH100 Provisioner ICA 1", identity, listed=True)
+    boot = issue("GH100 A01 GSP BROM", provisioner)
+    lists = (*made.lists(), *(revocation_list(item) for item in (decoy, identity, provisioner)))
+    below = device.chain[1]
+    not_authorised = leaf_under(below)
+    for chain in (
+        (leaf_under(boot), boot, provisioner, identity, decoy),
+        (leaf_under(boot), boot, provisioner, identity, made.root),
+        (*device.chain[:4], decoy),
+        (leaf_under(not_authorised), not_authorised, *device.chain[1:4]),
+        (leaf_under(not_authorised), not_authorised, *device.chain[2:]),
+    ):
+        found = replace(device, chain=chain)
+        for expected in (expectations([found]), expectations([found], open=("revocation",))):
+            verdict = judged([found], expected, collateral(crls=lists))
+            assert not verdict.holds
+            assert any("revocation was not judged" in note for note in verdict.devices[0].notes)
+    assert asked == []
+    judged([device], papers=collateral(crls=lists))
+    assert asked
+
+
+def test_lists_of_those_who_sign_manifests() -> None:
+    made, device = authorities(), gpu()
+    top = issue("Reference Value CA", made.rim_root, listed=True)
+    signer = issue("RIM L4 Signer", top, authority=False)
+    chain = (signer, top, made.rim_root)
+    rims = references(
+        replace(driver_manifest(device), chain=chain), replace(vbios_manifest(device), chain=chain)
+    )
+
+    def with_lists(*lists: bytes, **changes: object) -> Verdict:
+        papers = collateral(rims=rims, crls=(*made.lists(), *lists))
+        return judged([device], expectations([device], **changes), papers)
+
+    unusable = {"rim_missing", "rim_unusable"}
+    for lists in (
+        (),
+        (revocation_list(made.rim_root, end=NOW - 1),),
+        (revocation_list(made.rim_root, key=new_key()),),
+    ):
+        verdict = with_lists(*lists)
+        assert codes(verdict) == unusable
+        assert any("nvidia_revocation_unknown" in str(item) for item in verdict.failures)
+    verdict = with_lists(revocation_list(made.rim_root))
+    verdict.require()
+    assert verdict.devices[0].notes == ()
+    revoked = revocation_list(made.rim_root, [top.certificate.serial_number])
+    assert codes(with_lists(revoked)) == unusable
+    assert codes(with_lists(revoked, open=("revocation",))) == unusable
+    opened = with_lists(open=("revocation",))
+    opened.require()
+    assert any("revocation was not judged: signer of RIM" in n for n in opened.devices[0].notes)
+
+
+def test_each_list_is_parsed_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    load = x509.load_der_x509_crl
+
+    def count(data: bytes) -> x509.CertificateRevocationList:
+        parsed.append(data)
+        return load(data)
+
+    monkeypatch.setattr(x509, "load_der_x509_crl", count)
+    made = authorities()
+    strangers = tuple(revocation_list(issue(f"Stranger {i}", None)) for i in range(8))
+    lists = (revocation_list(made.root), revocation_list(made.identity), *strangers)
+    devices = machine(8, 4).devices
+    judged(devices, papers=collateral(crls=lists)).require()
+    # Once for the name of its issuer, and once more for those of the chains' authorities.
+    assert len(parsed) <= len(lists) + 2
 
 
 def test_revocation_lists() -> None:
@@ -457,6 +588,20 @@ def test_revocation_lists() -> None:
     assert with_lists(root_list, revocation_list(made.identity, end=NOW - 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, start=NOW + 1)) == unknown
     assert with_lists(root_list, revocation_list(made.identity, key=new_key())) == unknown
+    partial = x509.IssuingDistributionPoint(
+        full_name=None,
+        relative_name=None,
+        only_contains_user_certs=True,
+        only_contains_ca_certs=False,
+        only_some_reasons=None,
+        indirect_crl=False,
+        only_contains_attribute_certs=False,
+    )
+    for extension in (partial, x509.DeltaCRLIndicator(1)):
+        listing = revocation_list(made.identity, extensions=[(extension, True)])
+        assert with_lists(root_list, listing) == unknown
+    listing = revocation_list(made.identity, extensions=[(x509.CRLNumber(1), False)])
+    assert with_lists(root_list, listing) == set()
     serial = made.provisioner.certificate.serial_number
     revoked = revocation_list(made.identity, [serial])
     assert with_lists(root_list, revoked) == {"nvidia_certificate_revoked"}

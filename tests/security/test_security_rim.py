@@ -42,7 +42,7 @@ def signed() -> bytes:
 def code(xml: bytes, now: int = NOW, lists: tuple[bytes, ...] = ()) -> str:
     """Code of the refusal, "" where there is none."""
     try:
-        verify_rim(xml, authorities().roots, lists, now, "RIM x")
+        verify_rim(xml, authorities().rim_roots, lists, now, "RIM x")
     except AppraisalError as error:
         return error.code
     return ""
@@ -50,7 +50,7 @@ def code(xml: bytes, now: int = NOW, lists: tuple[bytes, ...] = ()) -> str:
 
 def test_a_manifest_is_verified(signed: bytes) -> None:
     assert read_heading(signed) == Heading("GH100", DRIVER)
-    found = verify_rim(signed, authorities().roots, (), NOW, "RIM x")
+    found = verify_rim(signed, authorities().rim_roots, (), NOW, "RIM x")
     assert found.heading == Heading("GH100", DRIVER)
     assert dict(found.measurements) == {
         7: (digest("seven"),),
@@ -377,7 +377,7 @@ def test_any_changed_manifest_is_refused_by_name_or_says_the_same(
     for offset, value in changes:
         data[offset] = value
     with suppress(AppraisalError):
-        found = verify_rim(bytes(data), authorities().roots, (), NOW, "RIM x")
+        found = verify_rim(bytes(data), authorities().rim_roots, (), NOW, "RIM x")
         assert found.measurements == {7: (digest("seven"),), 9: (digest("nine"), digest("IX"))}
 
 

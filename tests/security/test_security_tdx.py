@@ -20,7 +20,7 @@ from security.attestation.dcap import SecondOpinion
 from security.attestation.errors import NotATdQuote, QuoteAlgorithmRefused, QuoteVersionUnsupported
 from security.attestation.tdx import TDX_RULES, verify_tdx
 from security.attestation.verdict import Expectations, Verdict
-from security.errors import EvidenceMalformed
+from security.errors import AppraisalError, EvidenceMalformed
 
 EVENTS = [
     (1, 0x80000001, b"firmware"),
@@ -97,7 +97,7 @@ def test_everything_holds(changes: dict[str, Any]) -> None:
     verdict.require()
     assert verdict.kind == "tdx"
     assert verdict.measurement == machine.default_registers()["mrtd"].hex()
-    assert verdict.identity == "1234abcd"
+    assert verdict.identity == bytes(range(16)).hex()
     assert verdict.fields["tcb_status"] == "UpToDate"
     assert verdict.fields["tcb_date"] == "2024-03-13T00:00:00Z"
     names = [check.name for check in verdict.checks]
@@ -406,7 +406,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
         data = bound(tdattributes=sept | 1 << bit)
         yield f"reserved attribute {bit}", data, {"td_attributes_reserved"}
     yield "migratable", bound(tdattributes=sept | 1 << 29), {"td_migratable"}
-    yield "#VE by the host", bound(tdattributes=0), {"sept_ve_not_disabled"}
+    yield "#VE by the host", bound(tdattributes=0), {"sept_ve_not_disabled", "dcap_qvl_refused"}
     seam = bytes([1]) + bytes(7)
     yield (
         "SEAM attributes",
@@ -419,7 +419,7 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
     yield (
         "service TD",
         bound(version=5, body_type=3, mrservicetd=b"\x38" * 48),
-        {"service_td_bound"},
+        {"service_td_bound", "dcap_qvl_refused"},
     )
     yield "another MRTD", bound(mrtd=bytes(48)), {"measurement_refused"}
     yield "another XFAM", bound(xfam=3), {"pin_refused"}
@@ -602,6 +602,38 @@ def test_unknown_levels_are_malformed(change: dict[str, Any]) -> None:
     assert codes(verdict) == {"tdx_collateral_missing"}
 
 
+def test_tdx_levels_without_tdx_components_are_refused() -> None:
+    bare = level((9,) * 8, (5, 0, 2), 11, "UpToDate")
+    del bare["tcb"]["tdxtcbcomponents"]
+    info = machine.tcb_info()
+    info["tcbLevels"] = [bare, *info["tcbLevels"]]
+    data = bound(
+        tee_tcb_svn=bytes([4, 1, 3]) + bytes(13),
+        tee_tcb_svn2=bytes([6, 0, 3]) + bytes(13),
+        version=5,
+        body_type=3,
+    )
+    expected = policy(pins={"tcb_status": ("OutOfDate",)})
+    for key in (None, machine.new_key()):
+        changes = {} if key is None else {"tcb_info_key": key}
+        found = codes(verify(data, (collateral(tcb_info=info, **changes),), expected=expected))
+        assert "tcb_info_mismatch" in found
+        assert ("tcb_info_signature_invalid" in found) == (key is not None)
+
+
+def test_documents_of_two_evaluations_are_noted() -> None:
+    def notes(number: int) -> list[str]:
+        identity = machine.qe_identity(tcbEvaluationDataNumber=number)
+        verdict = verify(documents=(collateral(qe_identity=identity),))
+        verdict.require()
+        return [note for note in verdict.notes if "tcbEvaluationDataNumber" in note]
+
+    number = machine.tcb_info()["tcbEvaluationDataNumber"]
+    assert notes(number) == []
+    (note,) = notes(number - 1)
+    assert str(number) in note and str(number - 1) in note
+
+
 def test_unknown_tcb_type_is_malformed() -> None:
     verdict = verify(documents=(collateral(tcb_info=machine.tcb_info(tcbType=1)),))
     assert codes(verdict) == {"tdx_collateral_missing"}
@@ -618,6 +650,75 @@ def test_second_opinion_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for opinion in (SecondOpinion("", "something else"), SecondOpinion("OutOfDate", "")):
         monkeypatch.setattr(tdx_collateral_rules, "ask_dcap_qvl", lambda *_, o=opinion: o)
         assert codes(verify()) == {"dcap_qvl_refused"}
+
+
+RELAUNCHED: dict[str, Any] = {
+    "tee_tcb_svn": bytes([4, 1, 3]) + bytes(13),
+    "version": 5,
+    "body_type": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "relaunched", "aged"),
+    [
+        ("UpToDate", "TDRelaunchAdvised", "OutOfDate"),
+        (
+            "ConfigurationNeeded",
+            "TDRelaunchAdvisedConfigurationNeeded",
+            "OutOfDateConfigurationNeeded",
+        ),
+    ],
+)
+def test_a_new_start_does_not_renew_the_quoting_enclave(
+    status: str, relaunched: str, aged: str
+) -> None:
+    levels = [level((2, 2, 2, 2, 3, 1, 0, 5), (5, 0, 2), 11, status)]
+    documents = (collateral(tcb_info=machine.tcb_info(tcbLevels=levels)),)
+    expected = policy(pins={"tcb_status": (relaunched,)})
+    verify(bound(**RELAUNCHED), documents, expected=expected).require()
+    data = bound(**RELAUNCHED, qe_isvsvn=3)
+    verdict = verify(data, documents, expected=expected)
+    assert verdict.fields["tcb_status"] == aged
+    assert codes(verdict) == {"pin_refused"}
+    # dcap-qvl agrees.
+    verify(data, documents, expected=policy(pins={"tcb_status": (aged,)})).require()
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed", "refused"),
+    [
+        ({"tdattributes": 0}, {"open": ("event_log", "sept_ve_disable")}, "sept_ve_not_disabled"),
+        (
+            {"mrservicetd": b"\x11" * 48, "version": 5, "body_type": 3},
+            {"pins": {"mrservicetd": ("11" * 48,)}},
+            "service_td_bound",
+        ),
+    ],
+)
+def test_second_opinion_is_dropped_only_for_what_the_policy_allows(
+    changes: dict[str, Any], allowed: dict[str, Any], refused: str
+) -> None:
+    verify(bound(**changes), expected=policy(**allowed)).require()
+    verdict = verify(bound(**changes))
+    assert codes(verdict) == {refused, "dcap_qvl_refused"}
+    with pytest.raises(AppraisalError) as first:
+        verdict.require()
+    assert first.value.code == refused
+    # It then says no status: one that is not the best goes unconfirmed.
+    old = changes | {
+        "tee_tcb_svn": bytes([4, 1, 3]) + bytes(13),
+        "tee_tcb_svn2": RELAUNCHED["tee_tcb_svn"],
+    }
+    pins = allowed.get("pins", {}) | {"tcb_status": ("OutOfDate",)}
+    verdict = verify(bound(**old), expected=policy(**allowed | {"pins": pins}))
+    assert verdict.fields["tcb_status"] == "OutOfDate"
+    assert codes(verdict) == {"dcap_qvl_refused"}
+
+
+def test_second_opinion_is_not_dropped_for_another_opened_check() -> None:
+    verdict = verify(bound(tdattributes=0), expected=policy(open=("event_log", "mrservicetd")))
+    assert codes(verdict) == {"sept_ve_not_disabled", "dcap_qvl_refused"}
 
 
 def test_second_opinion_survives_a_panic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,6 +770,21 @@ def test_pinned_service_td_must_be_there() -> None:
 @pytest.mark.parametrize("identity", ["1234abcd", "b0c06f000000", bytes(range(16)).hex()])
 def test_revoked_identities(identity: str) -> None:
     assert codes(verify(expected=policy(revoked=(identity,)))) == {"revoked_identity"}
+
+
+def test_certificates_of_one_platform_are_one_node() -> None:
+    found = set()
+    for serial in (0x11, 0x22):
+        pck = vendor().pck(Platform(pcesvn=13 + serial), serial=serial)
+        expected = policy(pins={"pck_serial": ("11", "22")})
+        verdict = verify(bound(pck=pck), expected=expected)
+        verdict.require()
+        found.add(verdict.identity)
+        revoked = policy(pins={"pck_serial": ("11", "22")}, revoked=(verdict.identity,))
+        assert codes(verify(bound(pck=pck), expected=revoked)) == {"revoked_identity"}
+    assert len(found) == 1
+    other = vendor().pck(Platform(ppid=bytes(16)), serial=0x11)
+    assert verify(bound(pck=other)).identity not in found
 
 
 def test_freshness() -> None:
