@@ -3,6 +3,7 @@
 from security.sealing.document import (
     SEALING_FILE,
     Sealing,
+    layer_unit,
     parse_selection,
     stage_units,
 )
@@ -16,7 +17,7 @@ from security.sealing.keys import (
     unsealing_public_pem,
     wrap_keys,
 )
-from security.sealing.reader import SealedModelFiles, open_model
+from security.sealing.reader import SealedModelFiles, keys_of, open_model
 from security.sealing.writer import (
     SealReport,
     read_wrapped_keys,
@@ -33,6 +34,8 @@ __all__ = [
     "UnsealKeys",
     "WrappedKeys",
     "create_unsealing_key",
+    "keys_of",
+    "layer_unit",
     "load_unsealing_key",
     "load_unsealing_public",
     "open_model",

@@ -1,9 +1,9 @@
 """Keys of sealed units: in memory, wrapped in a file, and the key pairs that they are wrapped for.
 
 `sealed_keys.json` lies beside the sealed checkpoint's files and is not part of its manifest: it
-holds each unit's key once for each recipient (the owner's recovery key, the broker's unsealing key),
-as an HPKE message (RFC 9180, base mode) whose info binds sealing, unit and recipient. Whoever
-replaces it can only refuse service: `sealing.json`, which the manifest covers, commits to every key.
+holds each unit's key once for each recipient (the owner's recovery key, the broker's unsealing
+key), as an HPKE message (RFC 9180, base mode) whose info binds sealing, unit and recipient. Whoever
+replaces it can only refuse service: `sealing.json`, which the manifest covers, commits to all keys.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ class SealedModelFiles(ModelFiles):
 
     Attributes:
         sealing: what is sealed.
+        keys: that it was opened with.
 
     Args:
         model_dir: the model's directory.
@@ -36,7 +37,7 @@ class SealedModelFiles(ModelFiles):
 
     def __init__(self, model_dir: Path, manifest: Manifest, keys: UnsealKeys) -> None:
         super().__init__(model_dir, manifest)
-        self._keys = keys
+        self.keys = keys
         self.sealing = Sealing.from_bytes(self.read_file(SEALING_FILE))
         self._sealed = {tensor.name: tensor for tensor in self.sealing.tensors}
         stored = {tensor.name: tensor for tensor in manifest.tensors}
@@ -99,12 +100,12 @@ class SealedModelFiles(ModelFiles):
             yield buffer[: end - begin]
 
     def _cipher(self, tensor: SealedTensor) -> TensorCipher:
-        if tensor.unit not in self._keys:
+        if tensor.unit not in self.keys:
             raise UnsealKeyMissing(
                 f"tensor {tensor.name}: expected the key of {tensor.unit}, found none; "
                 "the broker releases it to the stage that the plan assigns this part"
             )
-        return TensorCipher(self._keys[tensor.unit], self.sealing.sealing_id, tensor)
+        return TensorCipher(self.keys[tensor.unit], self.sealing.sealing_id, tensor)
 
 
 def open_model(model_dir: Path, manifest: Manifest, keys: UnsealKeys) -> ModelFiles:
@@ -121,6 +122,11 @@ def open_model(model_dir: Path, manifest: Manifest, keys: UnsealKeys) -> ModelFi
     if any(file.name == SEALING_FILE for file in manifest.files):
         return SealedModelFiles(model_dir, manifest, keys)
     return ModelFiles(model_dir, manifest)
+
+
+def keys_of(files: ModelFiles) -> UnsealKeys:
+    """The keys that a model was opened with, for processes that open it again; none if plain."""
+    return files.keys if isinstance(files, SealedModelFiles) else UnsealKeys({})
 
 
 def _check_stored(tensor: SealedTensor, stored: TensorRecord | None) -> None:
