@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,15 +83,25 @@ def _seal(arguments: argparse.Namespace) -> int:
     narrator = Narrator()
     with narrator.step("model: find") as step:
         directory = find_model(arguments.model, step).directory
-    if arguments.new_key is not None:
-        public_path = Path(f"{arguments.new_key}.pub")
-        if public_path.exists():
-            raise UsageError(f"--new-key: expected no {public_path}, found one; name another file")
-        public = create_unsealing_key(arguments.new_key).public_key().public_bytes_raw()
-        public_path.write_bytes(unsealing_public_pem(public))
-        recipients.append(public)
-    with narrator.step("seal"):
-        report = seal_checkpoint(directory, arguments.output, selection, recipients)
+    made: list[Path] = []
+    taken = os.path.lexists(arguments.output)
+    try:
+        if arguments.new_key is not None:
+            public_path = Path(f"{arguments.new_key}.pub")
+            if public_path.exists():
+                raise UsageError(f"--new-key: expected no {public_path}, found one; name another")
+            # Before the checkpoint: sealed weights must never be without a key that opens them.
+            public = create_unsealing_key(arguments.new_key).public_key().public_bytes_raw()
+            made += [arguments.new_key, public_path]
+            public_path.write_bytes(unsealing_public_pem(public))
+            recipients.append(public)
+        with narrator.step("seal"):
+            report = seal_checkpoint(directory, arguments.output, selection, recipients)
+    except BaseException:
+        if taken or not os.path.lexists(arguments.output):
+            for path in made:
+                path.unlink(missing_ok=True)
+        raise
     _print_report(report, "sealed")
     if arguments.broker_key is None:
         print("broker  none: only the recovery key opens this copy (--broker-key)")
