@@ -107,6 +107,87 @@ class NoCheckpoint(ManifestError):
     code = "no_checkpoint"
 
 
+# -- sealing ----------------------------------------------------------------------------------
+
+
+class SealingError(SecurityError):
+    """The base of everything that can be wrong with a sealed checkpoint and its keys."""
+
+    code = "sealing_error"
+
+
+class SelectionInvalid(SealingError):
+    """What is to be sealed is not written as it should be, or the model has no such part."""
+
+    code = "selection_invalid"
+
+
+class CannotSeal(SealingError):
+    """Sealing this checkpoint would protect less than it says."""
+
+    code = "cannot_seal"
+
+
+class OutputExists(SealingError):
+    """Something is already where the output would go."""
+
+    code = "output_exists"
+
+
+class SealingMalformed(SealingError):
+    """The list of sealed tensors is not in its format."""
+
+    code = "sealing_malformed"
+
+
+class SealedTensorMismatch(SealingError):
+    """A file stores a sealed tensor in another form than the list of sealed tensors says."""
+
+    code = "sealed_tensor_mismatch"
+
+
+class SealedChunkInvalid(SealingError):
+    """A chunk was changed, moved, or belongs to another tensor, shape, dtype or model."""
+
+    code = "sealed_chunk_invalid"
+
+
+class UnsealKeyMissing(SealingError):
+    """A sealed tensor was asked for whose key is not among the keys."""
+
+    code = "unseal_key_missing"
+
+
+class UnsealKeyMismatch(SealingError):
+    """A key is of another unit or of another model."""
+
+    code = "unseal_key_mismatch"
+
+
+class SealedKeysMalformed(SealingError):
+    """The file with the wrapped keys, or a list of keys, is not in its format."""
+
+    code = "sealed_keys_malformed"
+
+
+class SealedKeysForOtherModel(SealingError):
+    """Wrapped keys belong to another sealing than the checkpoint's."""
+
+    code = "sealed_keys_for_other_model"
+
+
+class NotARecipient(SealingError):
+    """Nothing in the file with the wrapped keys is for this private key."""
+
+    code = "not_a_recipient"
+
+
+class WrappedKeyInvalid(SealingError):
+    """A wrapped key names this recipient and does not open with their private key."""
+
+    code = "wrapped_key_invalid"
+
+
 # -- evidence ---------------------------------------------------------------------------------
 
 

@@ -17,12 +17,12 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Self
 
 from placement.document import DocumentError, Encodable, Fields, decode, digest, encode
 from security.errors import (
@@ -44,6 +44,7 @@ MAX_FILES = 4096
 MAX_TENSORS = 1 << 18
 MAX_FILE_BYTES = 1 << 46
 MAX_DIMENSIONS = 8
+MAX_METADATA_TEXT = 1 << 20
 
 DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -70,7 +71,11 @@ _FORMAT = "bulkhead-manifest-1"
 _CHUNK = 8 << 20
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}"
 _TENSOR_NAME_LENGTH = 512
-_IGNORED = re.compile(r"(readme|license|licence|notice|use_policy)(\..*)?|.*\.(md|py|pyc)", re.I)
+# The wrapped keys of a sealed checkpoint (security/sealing) are for the broker and the owner; nodes
+# have no use for them, and they may be wrapped anew without a new manifest.
+_IGNORED = re.compile(
+    r"(readme|license|licence|notice|use_policy)(\..*)?|.*\.(md|py|pyc)|sealed_keys\.json", re.I
+)
 _PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|msgpack)", re.I)
 # Weights in formats that nothing here reads: hashing them would only cost time.
 _OTHER_WEIGHTS = re.compile(r".*\.(h5|gguf|onnx|tflite|onnx_data|ot)", re.I)
@@ -323,7 +328,12 @@ class _OpenFile:
     def read(self, offset: int, length: int) -> bytearray:
         """Exactly `length` bytes from `offset`; raises ManifestMismatch if the file is shorter."""
         buffer = bytearray(length)
-        view = memoryview(buffer)
+        self.read_into(memoryview(buffer), offset)
+        return buffer
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fills the view from `offset`; raises ManifestMismatch if the file is shorter."""
+        length = len(view)
         done = 0
         while done < length:
             count = os.preadv(self._descriptor, [view[done : done + (1 << 30)]], offset + done)
@@ -332,7 +342,6 @@ class _OpenFile:
                     self.name, f"{offset + length} bytes", f"the end at {offset + done}"
                 )
             done += count
-        return buffer
 
 
 def _safe_path(directory: Path, name: str) -> Path:
@@ -596,7 +605,7 @@ class ModelFiles:
         self._lock = threading.Lock()
         self.manifest = manifest
 
-    def __enter__(self) -> ModelFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -661,6 +670,50 @@ class ModelFiles:
         )
         _check_digest(f"{info.file}: {name}", info.sha256, content)
         return content
+
+    def stream_tensor(self, name: str, piece_bytes: int) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces of `piece_bytes`, the last one shorter; none if it is empty.
+
+        Each piece is valid until the next is asked for. The digest is compared after the last one,
+        so nothing that came out may be used before the iterator has ended.
+
+        Raises:
+            FileNotInManifest, ManifestMismatch, UnsafeFile: as of `read_tensor`.
+        """
+        info = self.tensor_info(name)
+        start = self._files[info.file].header_size + info.begin
+        file = self._weights(info.file)
+        buffer = memoryview(bytearray(min(piece_bytes, info.size)))
+        own = hashlib.sha256()
+        for offset in range(0, info.size, piece_bytes):
+            piece = buffer[: min(piece_bytes, info.size - offset)]
+            file.read_into(piece, start + offset)
+            own.update(piece)
+            yield piece
+        if own.hexdigest() != info.sha256:
+            raise ManifestMismatch(f"{info.file}: {name}", f"sha256 {info.sha256}", own.hexdigest())
+
+    def weights_metadata(self, name: str) -> dict[str, str]:
+        """The texts under `__metadata__` in the header of a safetensors file.
+
+        Raises:
+            FileNotInManifest, ManifestMismatch, UnsafeFile: as of `read_tensor`.
+            MalformedSafetensors: they are not texts.
+        """
+        expected = self._files.get(name)
+        if expected is None or not expected.is_safetensors:
+            raise FileNotInManifest(f"{name[:200]!r}: expected a safetensors file of the manifest")
+        header = self._weights(name).read(0, expected.header_size)
+        _check_digest(f"{name}: header", expected.header_sha256, header)
+        try:
+            document = decode(bytes(header[8:]), MAX_HEADER_BYTES)
+            if "__metadata__" not in document:
+                return {}
+            texts = Fields.of(document, name).section("__metadata__")
+            found = Fields.of(document, name).mapping("__metadata__")
+            return {key: texts.free_text(key, MAX_METADATA_TEXT) for key in found}
+        except DocumentError as error:
+            raise MalformedSafetensors(f"{name}: header: {error}") from None
 
     def _weights(self, name: str) -> _OpenFile:
         with self._lock:

@@ -162,7 +162,12 @@ def create_key_file(path: Path) -> Ed25519PrivateKey:
         KeyFileError: the file exists or cannot be written.
     """
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    write_key_file(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return key
+
+
+def write_key_file(path: Path, pem: bytes) -> None:
+    """Writes a key, mode 0600, never over another file; raises KeyFileError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o600)
@@ -172,7 +177,6 @@ def create_key_file(path: Path) -> Ed25519PrivateKey:
             os.fsync(file.fileno())
     except OSError as error:
         raise KeyFileError(f"{path}: could not write a new key: {error.strerror}") from None
-    return key
 
 
 def load_key_file(path: Path) -> Ed25519PrivateKey:
@@ -181,7 +185,7 @@ def load_key_file(path: Path) -> Ed25519PrivateKey:
     Raises:
         KeyFileError: missing, a link, open to group or others, too long, or not Ed25519 PEM.
     """
-    pem = _read_key_file(path, private=stat.S_IRWXG | stat.S_IRWXO)
+    pem = read_key_file(path, private=stat.S_IRWXG | stat.S_IRWXO)
     try:
         key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
@@ -206,7 +210,7 @@ def load_public_key(path: Path) -> bytes:
     Raises:
         KeyFileError: missing, too long, or not Ed25519 PEM.
     """
-    pem = _read_key_file(path, private=0)
+    pem = read_key_file(path, private=0)
     try:
         key = load_pem_public_key(pem)
     except ValueError:
@@ -216,8 +220,8 @@ def load_public_key(path: Path) -> bytes:
     return public_bytes(key)
 
 
-def _read_key_file(path: Path, private: int) -> bytes:
-    """Reads a small regular file none of whose `private` mode bits is set."""
+def read_key_file(path: Path, private: int) -> bytes:
+    """Reads a small regular file none of whose `private` mode bits is set; raises KeyFileError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:

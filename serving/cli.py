@@ -20,6 +20,7 @@ from serving.errors import CommandError, UsageError
 from serving.home import HOME_VARIABLE, Home, RunState
 from serving.planning import ModelSettings
 from serving.reporting import report_errors
+from serving.sealing import add_seal, add_unseal
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -70,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_connect(commands)
     _add_broker(commands)
     _add_manifest(commands)
+    add_seal(commands, _add)
+    add_unseal(commands, _add)
     add_attest(commands, _add)
     _add_version(commands)
     return parser

@@ -81,7 +81,8 @@ def main() -> None:
     try:
         _, job = inbox.get()
         _, manifest = inbox.get()
-        _serve(RankJob.from_bytes(bytes(job)), bytes(manifest), inbox, answers)
+        _, keys = inbox.get()
+        _serve(RankJob.from_bytes(bytes(job)), bytes(manifest), bytes(keys), inbox, answers)
     except BaseException as error:  # the shard process decides what it means
         write_message(answers, Message.FAILED, failure_text(error).encode())
         if not isinstance(error, Exception):
@@ -110,18 +111,22 @@ def _segment(job: RankJob) -> Path:
 def _serve(
     job: RankJob,
     manifest: bytes,
+    keys: bytes,
     inbox: queue.SimpleQueue[tuple[Message, bytearray]],
     answers: IO[bytes],
 ) -> None:
     from runtime.stage.checkpoint import ProgressCount, open_checkpoint
     from runtime.stage.layers import LayerStack
     from security.channel.frame import decode_step
-    from security.manifest import Manifest, ModelFiles
+    from security.manifest import Manifest
+    from security.sealing import UnsealKeys, open_model
 
     _set_environment(job)
     import torch
 
-    files = ModelFiles(Path(job.model_directory), Manifest.from_bytes(manifest))
+    files = open_model(
+        Path(job.model_directory), Manifest.from_bytes(manifest), UnsealKeys.from_bytes(keys)
+    )
     checkpoint = open_checkpoint(files, job.settings)
     shard = _join(job, checkpoint.parts)
     reported = 0

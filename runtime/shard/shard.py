@@ -31,6 +31,7 @@ from security.broker.client import Membership, request_admission
 from security.channel.link import LinkListener
 from security.errors import SecurityError
 from security.manifest import ModelFiles
+from security.sealing import UnsealKeys, open_model
 
 log = logging.getLogger("bulkhead.shard")
 
@@ -215,7 +216,8 @@ class Shard:
                 ingress_address=ingress,
                 weaknesses=weaknesses,
             )
-            files = ModelFiles(model_directory, challenge.manifest)
+            # The broker releases no keys of sealed parts yet: a stage that needs one says so.
+            files = open_model(model_directory, challenge.manifest, UnsealKeys({}))
             self._stage = StageRunner(
                 files, stage_settings(template, role, spec.threads), progress=self._progress
             )

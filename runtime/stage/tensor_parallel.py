@@ -45,6 +45,7 @@ from runtime.stage.errors import RankFailed, UnsupportedModel
 from runtime.stage.fused import FUSED, split_fused
 from runtime.stage.settings import StageSettings
 from security.channel.frame import FrameLimits, StepHeader, encode_step
+from security.sealing import keys_of, layer_unit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -99,6 +100,7 @@ class Message(IntEnum):
     DONE = 7  # from the rank: a step, reset or cache is done; rank 0 adds the rows of a step
     FAILED = 8  # from the rank: why, in UTF-8
     CACHE = 9  # to the rank: make a cache of so many blocks, u64
+    KEYS = 10  # to the rank, after the manifest: the keys of its layers, where they are sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,6 +511,9 @@ class TensorParallelGroup:
             self._readers.append(reader)
             reader.start()
         manifest = files.manifest.to_bytes()
+        layers = range(settings.first_layer, settings.last_layer)
+        # Over the rank's standard input: a pipe, never a file or an environment.
+        keys = keys_of(files).only([layer_unit(index) for index in layers]).to_bytes()
         for rank, process in enumerate(self._processes):
             job = RankJob(
                 rank=rank,
@@ -520,6 +525,7 @@ class TensorParallelGroup:
             deadline = time.monotonic() + STEP_TIMEOUT_S
             self._write(rank, process, Message.JOB, [memoryview(job)], deadline)
             self._write(rank, process, Message.MANIFEST, [memoryview(manifest)], deadline)
+            self._write(rank, process, Message.KEYS, [memoryview(keys)], deadline)
 
     def _await_ready(self, progress: ProgressCount) -> None:
         waiting = set(range(self._settings.tp))

@@ -43,6 +43,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "connect",
         "broker",
         "manifest",
+        "seal",
+        "unseal",
         "version",
     ],
 )
