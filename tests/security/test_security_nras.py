@@ -78,6 +78,7 @@ def test_gpus_and_switches() -> None:
     names = ("GPU-0", "GPU-1", "SWITCH-0")
     devices = {name: device_claims(name, 7 + i) for i, name in enumerate(names)}
     pins = {**EXPECTED.requirements.pins, "gpus": ("2",), "switches": ("1",)}
+    pins["device"] = ("07", "08", "09")
     verdict = judged(ISSUER.eat(devices), requiring(pins=pins))
     verdict.require()
     assert [one.kind for one in verdict.devices] == ["nras-gpu", "nras-gpu", "nras-switch"]
