@@ -11,7 +11,7 @@ from serving.attest_options import AddCommand, Commands
 from serving.errors import UsageError
 
 if TYPE_CHECKING:
-    from security.sealing import SealReport
+    from security.sealing.writer import SealReport
 
 
 def add_seal(commands: Commands, add: AddCommand) -> None:
@@ -61,13 +61,13 @@ def add_seal(commands: Commands, add: AddCommand) -> None:
 
 def _seal(arguments: argparse.Namespace) -> int:
     from security.errors import SelectionInvalid
-    from security.sealing import (
+    from security.sealing.document import parse_selection
+    from security.sealing.keys import (
         create_unsealing_key,
         load_unsealing_public,
-        parse_selection,
-        seal_checkpoint,
         unsealing_public_pem,
     )
+    from security.sealing.writer import seal_checkpoint
     from serving.model_source import find_model
     from serving.progress import Narrator
 
@@ -129,7 +129,8 @@ def add_unseal(commands: Commands, add: AddCommand) -> None:
 
 
 def _unseal(arguments: argparse.Namespace) -> int:
-    from security.sealing import load_unsealing_key, unseal_checkpoint
+    from security.sealing.keys import load_unsealing_key
+    from security.sealing.writer import unseal_checkpoint
     from serving.progress import Narrator
 
     key = load_unsealing_key(arguments.key)

@@ -119,7 +119,8 @@ def _serve(
     from runtime.stage.layers import LayerStack
     from security.channel.frame import decode_step
     from security.manifest import Manifest
-    from security.sealing import UnsealKeys, open_model
+    from security.sealing.keys import UnsealKeys
+    from security.sealing.reader import open_model
 
     _set_environment(job)
     import torch

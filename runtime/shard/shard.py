@@ -31,7 +31,8 @@ from security.broker.client import Membership, request_admission
 from security.channel.link import LinkListener
 from security.errors import SecurityError
 from security.manifest import ModelFiles
-from security.sealing import UnsealKeys, open_model
+from security.sealing.keys import UnsealKeys
+from security.sealing.reader import open_model
 
 log = logging.getLogger("bulkhead.shard")
 

@@ -45,7 +45,8 @@ from runtime.stage.errors import RankFailed, UnsupportedModel
 from runtime.stage.fused import FUSED, split_fused
 from runtime.stage.settings import StageSettings
 from security.channel.frame import FrameLimits, StepHeader, encode_step
-from security.sealing import keys_of, layer_unit
+from security.sealing.document import layer_unit
+from security.sealing.reader import keys_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -210,3 +210,16 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
     ours = found["results"][1]["median"]["tokens_per_second"]
     assert found["ratio_to_transformers"] == pytest.approx(ours / theirs)
     assert "device: CPU" in said
+
+
+def test_sealing_reads_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import sealing
+
+    monkeypatch.setattr(sys, "argv", ["sealing", "--megabytes", "4", "--rounds", "1"])
+    sealing.main()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "seal",
+        "plain",
+        "sealed",
+        "ratio",
+    ]

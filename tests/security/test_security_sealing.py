@@ -18,23 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from security import errors
 from security.manifest import ModelFiles, build_manifest
-from security.sealing import (
-    SEALED_KEYS_FILE,
-    SEALING_FILE,
-    SealedModelFiles,
-    Sealing,
-    UnsealKeys,
-    WrappedKeys,
-    keys_of,
-    open_model,
-    parse_selection,
-    read_wrapped_keys,
-    seal_checkpoint,
-    stage_units,
-    unseal_checkpoint,
-    wrap_keys,
-)
 from security.sealing.cipher import CHUNK_BYTES, TAG_BYTES
+from security.sealing.document import SEALING_FILE, Sealing, parse_selection, stage_units
+from security.sealing.keys import SEALED_KEYS_FILE, UnsealKeys, WrappedKeys, wrap_keys
+from security.sealing.reader import SealedModelFiles, keys_of, open_model
+from security.sealing.writer import read_wrapped_keys, seal_checkpoint, unseal_checkpoint
 
 OWNER = X25519PrivateKey.generate()
 BROKER = X25519PrivateKey.generate()

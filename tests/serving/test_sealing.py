@@ -10,7 +10,8 @@ import torch
 import transformers
 from checkpoints import write_checkpoint
 
-from security.sealing import create_unsealing_key, read_wrapped_keys, unsealing_public_pem
+from security.sealing.keys import create_unsealing_key, unsealing_public_pem
+from security.sealing.writer import read_wrapped_keys
 from serving.cli import run
 
 

@@ -37,7 +37,8 @@ from stage_models import settings  # noqa: E402
 
 from runtime.stage.stage import StageRunner  # noqa: E402
 from security.manifest import build_manifest  # noqa: E402
-from security.sealing import UnsealKeys, open_model  # noqa: E402
+from security.sealing.keys import UnsealKeys  # noqa: E402
+from security.sealing.reader import open_model  # noqa: E402
 
 files = open_model(model, build_manifest(model), UnsealKeys.from_bytes(sys.stdin.buffer.read()))
 stage = StageRunner(files, settings(tp=tp))

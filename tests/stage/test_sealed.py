@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import FAMILIES
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from stage_chain import Chain, generate, step
 from stage_models import settings
 
+from runtime.stage.families import parse_config
 from runtime.stage.stage import StageRunner
 from security.errors import SealedChunkInvalid, UnsealKeyMissing
 from security.manifest import ModelFiles, build_manifest
-from security.sealing import (
-    UnsealKeys,
-    open_model,
-    parse_selection,
-    read_wrapped_keys,
-    seal_checkpoint,
-    stage_units,
-)
+from security.sealing.document import parse_selection, stage_units, unit_of
+from security.sealing.keys import UnsealKeys
+from security.sealing.reader import open_model
+from security.sealing.writer import read_wrapped_keys, seal_checkpoint
 
 HERE = Path(__file__).resolve().parent
 BROKER = X25519PrivateKey.generate()
@@ -198,3 +196,13 @@ def test_no_file_holds_a_sealed_tensor_after_ranks_have_loaded(
     keys = read_wrapped_keys(directory).unwrap(BROKER)
     left, _ = files_written(directory, keys, tmp_path / "home", 2, "")
     assert [path for path in left if holds_any(path, blocks)] == []
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_tensor_that_a_stage_reads_has_a_unit(family: str) -> None:
+    config_class, changes = FAMILIES[family]
+    config = config_class(num_hidden_layers=6, **changes).to_json_string(use_diff=False)
+    parsed, config = parse_config(config.encode())
+    parts = parsed.decoder_on_meta(config)
+    stored = [part.name for item in parts.shapes().items() for part in parts.stored_parts(*item)]
+    assert all(unit_of(name) is not None for name in [*parts.shapes(), *stored])
