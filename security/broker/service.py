@@ -92,6 +92,7 @@ class BrokerServer:
         """Ends all streams and stops listening; safe to call more than once."""
         self._servicer.stopping.set()
         self._server.stop(grace_s).wait()
+        self._servicer.broker.close()
 
     def wait(self) -> None:
         """Waits until the server has stopped."""
@@ -112,6 +113,7 @@ def start_broker(
     Raises:
         KeyFileError: the broker's key file cannot be used.
         CollateralUnusable: the directory cannot be read.
+        StateError, AuditError: the home's database cannot be used; see `BrokerStore`.
         OSError: the address cannot be listened on.
     """
     documents: Callable[[], Collateral] = Collateral
@@ -119,7 +121,12 @@ def start_broker(
         documents = CollateralDirectory(collateral)
         # What is wrong with it is said now, not at the first admission.
         documents()
-    broker = KeyBroker(BrokerStore(home), owner_public, collateral=documents)
+    store = BrokerStore(home)
+    try:
+        broker = KeyBroker(store, owner_public, collateral=documents)
+    except BaseException:
+        store.close()
+        raise
     pool = ThreadPoolExecutor(MAX_WATCHERS + _UNARY_THREADS, thread_name_prefix="broker")
     server = grpc.server(pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
     servicer = _Servicer(broker)
@@ -129,6 +136,7 @@ def start_broker(
     except RuntimeError:
         port = 0
     if port == 0:
+        broker.close()
         raise OSError(f"broker: could not listen on {listen}; is another one running there?")
     server.start()
     address = f"{listen.rpartition(':')[0]}:{port}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -18,7 +17,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from security_samples import OPEN, SIMULATED, make_template, write_model
+from security_samples import OPEN, SIMULATED, audit_lines, make_template, write_model
 
 from placement.policy import parse_policy
 from security import errors
@@ -145,8 +144,7 @@ class Site:
         return joined
 
     def audit(self) -> list[dict[str, str]]:
-        lines = (self.path / "broker" / "audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return audit_lines(self.path / "broker")
 
     def wait_for(self, event: str, count: int = 1, timeout: float = 20.0) -> float:
         """Waits until an event is in the audit log often enough; returns how long it took."""
