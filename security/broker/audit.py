@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from security.errors import (
     AuditTruncated,
     MalformedInput,
     SignatureInvalid,
+    StateDamaged,
+    StateMissing,
+    StateOtherVersion,
     StateRolledBack,
     WitnessContradicted,
     WitnessUnusable,
@@ -35,7 +39,11 @@ NO_ENTRY = "0" * 64
 """What the first entry names as the digest of the one before it."""
 
 MAX_HEAD_BYTES = 1024
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x424B4844
+"""Marks the file as a broker's database ("BKHD")."""
 _HEAD_FORMAT = "bulkhead-audit-head-1"
+_ENTRIES = "SELECT sequence, body FROM audit ORDER BY sequence"
 _MAX_ENTRY_BYTES = 64 << 10
 
 
@@ -282,3 +290,103 @@ def require_not_behind(head: Head, witnessed: Witnessed) -> None:
             f"{head.sequence}; this is an older database than the one that ran, and it may have "
             "forgotten revocations: restore the newest"
         )
+
+
+def check_format(database: sqlite3.Connection, path: Path, *, allow_empty: bool) -> None:
+    """Checks that a database is a broker's, of this version and whole.
+
+    Raises:
+        StateDamaged, StateOtherVersion
+        sqlite3.DatabaseError: the file is no database.
+    """
+    application = database.execute("PRAGMA application_id").fetchone()[0]
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if allow_empty and (application, version, tables) == (0, 0, 0):
+        return
+    if application != APPLICATION_ID:
+        raise StateDamaged(
+            f"{path}: expected a broker's database, found another; restore the newest copy"
+        )
+    if version != SCHEMA_VERSION:
+        raise StateOtherVersion(
+            f"{path}: expected version {SCHEMA_VERSION}, found {version}; run the broker that "
+            "wrote it, or start with an empty home and install the documents again"
+        )
+    found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise StateDamaged(f"{path}: expected a whole database, found: {found[:200]}")
+
+
+def open_stored_head(signed: bytes, broker_public: bytes) -> Head:
+    """Opens the head that lies in the database; raises AuditHeadForged."""
+    try:
+        return Head.open(signed, broker_public)
+    except MalformedInput as error:
+        raise AuditHeadForged(f"audit log: expected a signed head: {error}") from None
+
+
+def damaged(path: Path, error: sqlite3.Error) -> StateDamaged:
+    """The error for what SQLite cannot read."""
+    return StateDamaged(
+        f"{path}: expected a broker's database, found: {error}; restore the newest copy, or start "
+        "with an empty home and install the documents again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What `verify_home` found in order.
+
+    Attributes:
+        entries: how many entries.
+        digest: of the last (hex).
+        last_time_ms: its time; 0 for none.
+        events: how often each event occurs.
+        witnessed: highest sequence that the witness has; 0 without a witness.
+        torn: lines of the witness that are no heads.
+    """
+
+    entries: int
+    digest: str
+    last_time_ms: int
+    events: Mapping[str, int]
+    witnessed: int
+    torn: int
+
+
+def verify_home(home: Path, broker_public: bytes, witness: Path | None = None) -> Audited:
+    """Checks the whole log in a broker's home, running or not, and holds it against a witness.
+
+    Raises:
+        StateMissing, StateDamaged, StateOtherVersion, StateRolledBack
+        AuditError: one of its kinds, for the first thing that is wrong.
+    """
+    # The witness first: a running broker's log only grows.
+    witnessed = read_witness(witness, broker_public) if witness is not None else Witnessed()
+    if not (home / "broker.db").is_file():
+        raise StateMissing(f"{home}: expected a broker's home with broker.db in it, found none")
+    events: Counter[str] = Counter()
+    last_time_ms = 0
+
+    def walk(database: sqlite3.Connection) -> Iterator[tuple[int, bytes]]:
+        nonlocal last_time_ms
+        for sequence, body in database.execute(_ENTRIES):
+            yield sequence, body
+            entry = Entry.from_bytes(body)
+            events[entry.event] += 1
+            last_time_ms = entry.time_ms
+
+    try:
+        with closing(open_for_reading(home)) as database:
+            database.execute("BEGIN")
+            check_format(database, home / "broker.db", allow_empty=False)
+            signed = database.execute("SELECT signed FROM head").fetchone()
+            head = open_stored_head(signed[0], broker_public) if signed else Head()
+            check_chain(walk(database), head, witnessed.heads)
+    except sqlite3.DatabaseError as error:
+        raise damaged(home / "broker.db", error) from None
+    require_not_behind(head, witnessed)
+    return Audited(
+        head.sequence, head.digest, last_time_ms, events, witnessed.newest, witnessed.torn
+    )

@@ -21,10 +21,13 @@ from security.attestation.collateral import Collateral
 from security.attestation.collateral_directory import CollateralDirectory
 from security.attestation.evidence import Binding, Evidence
 from security.broker import broker_pb2, broker_pb2_grpc
+from security.broker.audit import read_witness, require_not_behind
 from security.broker.documents import Installation
 from security.broker.key_broker import MAX_WATCHERS, AdmissionRequest, KeyBroker, WatchClosed
 from security.broker.store import BrokerStore, printable
+from security.broker.witness import Send, to_file, to_http
 from security.errors import MalformedInput, NoRoster, NothingInstalled, SecurityError
+from security.signing import public_bytes
 
 log = logging.getLogger("bulkhead.broker")
 
@@ -100,7 +103,13 @@ class BrokerServer:
 
 
 def start_broker(
-    listen: str, home: Path, owner_public: bytes, collateral: Path | None = None
+    listen: str,
+    home: Path,
+    owner_public: bytes,
+    collateral: Path | None = None,
+    *,
+    witness: Path | None = None,
+    witness_url: str = "",
 ) -> BrokerServer:
     """Starts a key broker in threads of this process.
 
@@ -109,6 +118,9 @@ def start_broker(
         home: directory of its key, installed documents and audit log (made with mode 0700).
         owner_public: the owner's public key (32 bytes).
         collateral: directory of the vendors' documents, read anew when it changes.
+        witness: file that heads of the audit log are appended to. A database that is older than
+            what it holds is refused.
+        witness_url: http or https URL that heads are posted to; "" for none.
 
     Raises:
         KeyFileError: the broker's key file cannot be used.
@@ -123,6 +135,8 @@ def start_broker(
         documents()
     store = BrokerStore(home)
     try:
+        # Before anything is written: a new entry would hide that the log is an old one.
+        _attach_witnesses(store, witness, witness_url)
         broker = KeyBroker(store, owner_public, collateral=documents)
     except BaseException:
         store.close()
@@ -144,6 +158,21 @@ def start_broker(
     running = BrokerServer(server, servicer, address)
     _stop_at_exit(running)
     return running
+
+
+def _attach_witnesses(store: BrokerStore, path: Path | None, url: str) -> None:
+    """Holds the database against the witness file and keeps witnesses up to date from now on."""
+    targets: list[tuple[str, Send]] = []
+    if path is not None:
+        if path.exists():
+            witnessed = read_witness(path, public_bytes(store.broker_key()))
+            require_not_behind(store.head, witnessed)
+            store.require_entry(witnessed)
+        targets.append((str(path), to_file(path)))
+    if url:
+        targets.append((url, to_http(url)))
+    for name, send in targets:
+        store.add_witness(name, send)
 
 
 def _stop_at_exit(server: BrokerServer) -> None:

@@ -12,7 +12,8 @@ import fcntl
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +22,17 @@ from google.protobuf.message import DecodeError
 
 from placement.document import MAX_INTEGER, DocumentError, Fields, decode
 from security.broker import broker_pb2
-from security.broker.audit import Head
+from security.broker.audit import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    Head,
+    Witnessed,
+    check_format,
+    damaged,
+    open_stored_head,
+)
 from security.broker.documents import Installation
+from security.broker.witness import Send, Witness
 from security.errors import (
     AuditEntryEdited,
     AuditHeadForged,
@@ -30,17 +40,13 @@ from security.errors import (
     MalformedInput,
     StateDamaged,
     StateInUse,
-    StateOtherVersion,
     StateUnwritable,
+    WitnessContradicted,
 )
 from security.roster import RosterEntry
 from security.signing import create_key_file, load_key_file, public_bytes, write_public_key
 
 log = logging.getLogger("bulkhead.broker")
-
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x424B4844
-"""Marks the file as a broker's database ("BKHD")."""
 
 _SCHEMA = """
 CREATE TABLE audit (sequence INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
@@ -74,7 +80,6 @@ class BrokerStore:
 
     Args:
         home: the directory; made if missing.
-        on_head: called with every new head, signed, after it is durable; must not block.
 
     Raises:
         KeyFileError: the key file cannot be used.
@@ -83,11 +88,11 @@ class BrokerStore:
         MalformedInput: files of an earlier version in the home cannot be read.
     """
 
-    def __init__(self, home: Path, on_head: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, home: Path) -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         home.chmod(0o700)
         self._home = home
-        self._on_head = on_head
+        self._witnesses: list[Witness] = []
         # Reentrant: parts of a transaction open it again.
         self._lock = threading.RLock()
         self._depth = 0
@@ -110,11 +115,35 @@ class BrokerStore:
 
     def close(self) -> None:
         """Gives the home free; later changes are refused. Safe to call more than once."""
+        for witness in self._witnesses:
+            witness.close()
         with self._lock:
             if self._database is not None:
                 self._database.close()
                 self._database = None
             self._held.close()
+
+    def add_witness(self, name: str, send: Send) -> None:
+        """Has every head from now on sent to a witness, beginning with the current one."""
+
+        def on_change(reason: str) -> None:
+            event = "witness_failed" if reason else "witness_answers"
+            self.audit(time.time(), event, witness=name, reason=reason)
+
+        witness = Witness(name, send, on_change)
+        with self._lock:
+            self._witnesses.append(witness)
+            witness.publish(self.head.signed(self._key))
+
+    def require_entry(self, witnessed: Witnessed) -> None:
+        """Checks that the newest witnessed entry is in the log; raises WitnessContradicted."""
+        query = "SELECT body FROM audit WHERE sequence = ?"
+        for (body,) in self._rows(query, (witnessed.newest,)):
+            if Head.of(witnessed.newest, body).digest != witnessed.heads[witnessed.newest]:
+                raise WitnessContradicted(
+                    f"audit log: expected entry {witnessed.newest} as witnessed, found another; "
+                    "this is another history than the witness saw"
+                )
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -140,7 +169,7 @@ class BrokerStore:
                 self._create(database)
         except sqlite3.DatabaseError as error:
             database.close()
-            raise _damaged(path, error) from None
+            raise damaged(path, error) from None
         except BaseException:
             database.close()
             raise
@@ -234,7 +263,7 @@ class BrokerStore:
             try:
                 return self._database.execute(query, values).fetchall()
             except sqlite3.DatabaseError as error:
-                raise _damaged(self._home / "broker.db", error) from None
+                raise damaged(self._home / "broker.db", error) from None
 
     def _number(self, query: str) -> int:
         with self._lock:
@@ -277,15 +306,16 @@ class BrokerStore:
                 raise StateUnwritable(
                     f"{self._home / 'broker.db'}: could not be written: {error}; is the disk full?"
                 ) from None
-            if self._on_head is not None and self.head != before:
-                self._on_head(signed)
+            if self.head != before:
+                for witness in self._witnesses:
+                    witness.publish(signed)
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         with self.transaction():
             assert self._database is not None
             self._database.execute(statement, values)
 
-    def audit(self, time: float, event: str, **fields: str) -> None:
+    def audit(self, now: float, event: str, **fields: str) -> None:
         """Adds an entry, to the transaction in progress if there is one.
 
         By itself an entry that cannot be written must not stop the broker: a full disk would let
@@ -296,16 +326,16 @@ class BrokerStore:
         log.log(level, "%s %s", event, " ".join(f"{k}={v!r}" for k, v in clean.items()))
         with self._lock:
             if self._depth:
-                self._append(time, event, clean)
+                self._append(now, event, clean)
                 return
             try:
                 with self.transaction():
-                    self._append(time, event, clean)
+                    self._append(now, event, clean)
             except StateUnwritable as error:
                 log.error("audit log: %s", error)
 
-    def _append(self, time: float, event: str, fields: dict[str, str]) -> None:
-        entry, head = self.head.then(int(time * 1000), event, fields)
+    def _append(self, now: float, event: str, fields: dict[str, str]) -> None:
+        entry, head = self.head.then(int(now * 1000), event, fields)
         self._write("INSERT INTO audit VALUES (?, ?)", (entry.sequence, entry.to_bytes()))
         self.head = head
 
@@ -394,47 +424,6 @@ class BrokerStore:
     def serial(self) -> int:
         """The highest serial of a roster that was ever issued; 0 for none."""
         return self._number("SELECT coalesce(max(value), 0) FROM serial")
-
-
-def check_format(database: sqlite3.Connection, path: Path, *, allow_empty: bool) -> None:
-    """Checks that a database is a broker's, of this version and whole.
-
-    Raises:
-        StateDamaged, StateOtherVersion
-        sqlite3.DatabaseError: the file is no database.
-    """
-    application = database.execute("PRAGMA application_id").fetchone()[0]
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if allow_empty and (application, version, tables) == (0, 0, 0):
-        return
-    if application != APPLICATION_ID:
-        raise StateDamaged(
-            f"{path}: expected a broker's database, found another; restore the newest copy"
-        )
-    if version != SCHEMA_VERSION:
-        raise StateOtherVersion(
-            f"{path}: expected version {SCHEMA_VERSION}, found {version}; run the broker that "
-            "wrote it, or start with an empty home and install the documents again"
-        )
-    found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise StateDamaged(f"{path}: expected a whole database, found: {found[:200]}")
-
-
-def open_stored_head(signed: bytes, broker_public: bytes) -> Head:
-    """Opens the head that lies in the database; raises AuditHeadForged."""
-    try:
-        return Head.open(signed, broker_public)
-    except MalformedInput as error:
-        raise AuditHeadForged(f"audit log: expected a signed head: {error}") from None
-
-
-def _damaged(path: Path, error: sqlite3.Error) -> StateDamaged:
-    return StateDamaged(
-        f"{path}: expected a broker's database, found: {error}; restore the newest copy, or start "
-        "with an empty home and install the documents again"
-    )
 
 
 def _columns(installation: Installation) -> tuple[bytes, ...]:
