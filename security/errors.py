@@ -364,6 +364,42 @@ class GenerationRollback(BrokerRefusal):
     code = "generation_rollback"
 
 
+class RevocationRollback(BrokerRefusal):
+    """The generation of the revocations is not above the newest one that this broker has seen."""
+
+    code = "revocation_rollback"
+
+
+class RevocationDropped(BrokerRefusal):
+    """A newer list of revocations lacks some of the list before."""
+
+    code = "revocation_dropped"
+
+
+class NodeRevoked(BrokerRefusal):
+    """The owner has revoked this node."""
+
+    code = "node_revoked"
+
+
+class ChipRevoked(BrokerRefusal):
+    """The owner has revoked this machine's chip."""
+
+    code = "chip_revoked"
+
+
+class MeasurementRevoked(BrokerRefusal):
+    """The owner has revoked what this machine runs."""
+
+    code = "measurement_revoked"
+
+
+class InstanceRevoked(BrokerRefusal):
+    """The owner has revoked this pipeline instance."""
+
+    code = "instance_revoked"
+
+
 class TooManyNonces(BrokerRefusal):
     """Too many challenges are outstanding."""
 

@@ -47,6 +47,7 @@ from security.broker.documents import (
     open_installation,
 )
 from security.broker.members import SECRET_BYTES, member_mac, member_secret, seal_secret
+from security.broker.revocation import Revocations
 from security.broker.store import BrokerStore, printable
 from security.errors import (
     BrokerRefusal,
@@ -67,6 +68,8 @@ from security.errors import (
     NothingInstalled,
     NotTheMember,
     PlanReplaced,
+    RevocationDropped,
+    RevocationRollback,
     RoleSwapped,
     SecurityError,
     ShardKeySwapped,
@@ -144,6 +147,8 @@ class _Instance:
     roster: Roster | None = None
     # The edition that shards have, and the newest one for clients; see security.roster.
     epoch_edition: bytes = b""
+    # The last epoch that was ended by a revocation.
+    ended_epoch: bytes = b""
     newest_edition: bytes = b""
 
 
@@ -157,6 +162,7 @@ class Watcher:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._roster: bytes | None = None
+        self._ended = b""
         self._closed = False
         self._reason: BrokerRefusal | None = None
         self.on_close: Callable[[], None] | None = None
@@ -169,7 +175,9 @@ class Watcher:
             WatchClosed: the other side closed the stream, or opened a newer one.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._roster is not None or self._closed, timeout)
+            self._changed.wait_for(
+                lambda: self._roster is not None or self._closed or self._ended != b"", timeout
+            )
             if self._closed:
                 raise self._reason or WatchClosed
             roster, self._roster = self._roster, None
@@ -180,6 +188,19 @@ class Watcher:
         with self._changed:
             self._roster = roster
             self._changed.notify_all()
+
+    def end(self, epoch: bytes) -> None:
+        """Says that an epoch's links must be closed before there is another roster."""
+        with self._changed:
+            self._roster = None
+            self._ended = epoch
+            self._changed.notify_all()
+
+    def take_ended(self) -> bytes:
+        """An epoch that was ended and that was not taken yet; empty for none."""
+        with self._changed:
+            ended, self._ended = self._ended, b""
+            return ended
 
     def close(self, reason: BrokerRefusal | None = None) -> None:
         """Ends the stream; safe to call more than once and from any thread."""
@@ -229,6 +250,7 @@ class KeyBroker:
         self._nonces: dict[bytes, _Nonce] = {}
         self._instances: dict[str, _Instance] = {}
         self._serial = store.serial()
+        self._revocations = Revocations.open(store.revocations(owner_public), owner_public)
         self._restore()
         self._audit(
             "started",
@@ -264,6 +286,8 @@ class KeyBroker:
             instance = self._instances.setdefault(name, _Instance(name, self._clock()))
             secret = member_secret(self._key, salt, name, entry.role, entry.shard_key)
             instance.members[entry.role] = _Member(secret, entry)
+        # Where the broker was killed between a revocation and what follows from it.
+        self._expel()
 
     # -- what the owner installs ---------------------------------------------------------------
 
@@ -324,6 +348,89 @@ class KeyBroker:
                 self._nonces.clear()
             return template.generation
 
+    @property
+    def revocations(self) -> bytes:
+        """The owner's newest signed list of revocations; empty for none."""
+        return self._store.revocations(self._owner_public)
+
+    def revoke(self, document: bytes, peer: str) -> int:
+        """Takes over a signed list of revocations; returns its generation.
+
+        Members that it names are members no more; the epochs that they were in end at once, and
+        their instances get another when every role has a member again.
+
+        Raises:
+            MalformedInput, WrongDocumentKind, SignatureInvalid, RevocationRollback,
+            RevocationDropped, StateUnwritable
+        """
+        with self._audited("revoke", peer=peer), self._lock:
+            revocations = Revocations.open(document, self._owner_public)
+            known = self._revocations
+            if revocations == known:
+                return known.generation
+            if revocations.generation <= known.generation:
+                raise RevocationRollback(
+                    f"revocations: expected a generation above {known.generation}, found "
+                    f"{revocations.generation}; revoke again"
+                )
+            if not known.values <= revocations.values:
+                kind, value = min(known.values - revocations.values)
+                raise RevocationDropped(
+                    f"revocations: expected all of generation {known.generation}, found none of "
+                    f"{kind} {value[:128]}; revoke again with the list that this broker has"
+                )
+            with self._store.transaction():
+                self._store.save_revocations(self._owner_public, document)
+                self._audit(
+                    "revoked",
+                    peer=peer,
+                    generation=str(revocations.generation),
+                    added=", ".join(
+                        f"{kind} {value}"
+                        for kind, value in sorted(revocations.values - known.values)
+                    ),
+                )
+            self._revocations = revocations
+            self._expel()
+            return revocations.generation
+
+    def _expel(self) -> None:
+        """Ends the membership of whoever is revoked, and the epochs that they are in."""
+        for instance in list(self._instances.values()):
+            for role, member in list(instance.members.items()):
+                try:
+                    self._revocations.require_instance(instance.name)
+                    self._revocations.require(member.entry.claims)
+                except BrokerRefusal as error:
+                    self._expel_member(instance, role, error)
+            if not instance.members:
+                del self._instances[instance.name]
+
+    def _expel_member(self, instance: _Instance, role: str, error: BrokerRefusal) -> None:
+        # In memory first: what is on disk is expelled again at the next start.
+        del instance.members[role]
+        watcher = instance.watchers.pop(role, None)
+        if watcher is not None:
+            watcher.close(error)
+        if instance.roster is not None:
+            instance.ended_epoch = instance.roster.epoch
+            for other in instance.watchers.values():
+                other.end(instance.ended_epoch)
+        instance.roster = None
+        instance.needs_epoch = True
+        try:
+            with self._store.transaction():
+                self._store.delete_member(instance.name, role)
+                self._audit(
+                    "expelled",
+                    instance=instance.name,
+                    role=role,
+                    code=error.code,
+                    epoch=instance.ended_epoch.hex(),
+                )
+        except StateUnwritable as failure:
+            log.error("expelling %s %s: %s", instance.name, role, failure)
+
     def _open(self, installation: Installation) -> tuple[OwnedDocuments, Enrolments]:
         documents = open_installation(installation, self._owner_public)
         enrolments = open_enrolments(
@@ -376,6 +483,7 @@ class KeyBroker:
         with self._audited("challenge", instance=instance, role=role, peer=peer), self._lock:
             _check_name("instance", instance)
             installation, _, _ = self._admissible(role)
+            self._revocations.require_instance(instance)
             self._make_room_for_nonce(peer)
             nonce = self._random(NONCE_BYTES)
             self._nonces[nonce] = _Nonce(instance, role, peer, self._clock() + NONCE_LIFETIME_S)
@@ -448,6 +556,8 @@ class KeyBroker:
                     f"{role.name}: expected the plan that the challenge was for, found another; "
                     "ask for a new challenge"
                 )
+            self._revocations.require_instance(request.instance)
+            self._revocations.require(claims)
             self._check_claims(request, documents, role, claims)
             salt = self._random(SECRET_BYTES)
             secret = member_secret(
@@ -604,9 +714,17 @@ class KeyBroker:
             watcher.on_close = lambda: self._left(found, role, watcher)
             if not found.needs_epoch and found.roster and found.roster.epoch != known_epoch:
                 watcher.put(found.epoch_edition)
+            elif known_epoch and (known_epoch == found.ended_epoch or self._incomplete(found)):
+                # It was away when the epoch ended.
+                watcher.end(known_epoch)
             self._audit("present", instance=instance, role=role, peer=peer)
             self._issue(found)
             return watcher
+
+    def _incomplete(self, instance: _Instance) -> bool:
+        """Whether a role has no member, so that no epoch from before can hold."""
+        _, documents = self._current()
+        return any(role.name not in instance.members for role in documents.template.roles)
 
     def _left(self, instance: _Instance, role: str, watcher: Watcher) -> None:
         with self._lock:

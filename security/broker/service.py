@@ -224,6 +224,23 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
             ),
         )
 
+    def Revoke(
+        self, request: broker_pb2.RevokeRequest, context: grpc.ServicerContext
+    ) -> broker_pb2.RevokeReply:
+        """Installs a signed list of revocations."""
+        return _answer(
+            context,
+            lambda: broker_pb2.RevokeReply(
+                generation=self.broker.revoke(request.document, _peer(context))
+            ),
+        )
+
+    def GetRevocations(
+        self, request: broker_pb2.GetRevocationsRequest, context: grpc.ServicerContext
+    ) -> broker_pb2.GetRevocationsReply:
+        """The newest signed list of revocations."""
+        return broker_pb2.GetRevocationsReply(document=self.broker.revocations)
+
     def Challenge(
         self, request: broker_pb2.ChallengeRequest, context: grpc.ServicerContext
     ) -> broker_pb2.ChallengeReply:
@@ -296,6 +313,9 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
             yield broker_pb2.WatchReply()
             while not self.stopping.is_set():
                 roster = watcher.next(_TICK_S)
+                ended = watcher.take_ended()
+                if ended:
+                    yield broker_pb2.WatchReply(ended_epoch=ended)
                 if roster is not None:
                     yield broker_pb2.WatchReply(roster=roster)
         except WatchClosed:
