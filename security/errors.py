@@ -445,6 +445,42 @@ class GenerationRollback(BrokerRefusal):
     code = "generation_rollback"
 
 
+class RevocationRollback(BrokerRefusal):
+    """The generation of the revocations is not above the newest one that this broker has seen."""
+
+    code = "revocation_rollback"
+
+
+class RevocationDropped(BrokerRefusal):
+    """A newer list of revocations lacks some of the list before."""
+
+    code = "revocation_dropped"
+
+
+class NodeRevoked(BrokerRefusal):
+    """The owner has revoked this node."""
+
+    code = "node_revoked"
+
+
+class ChipRevoked(BrokerRefusal):
+    """The owner has revoked this machine's chip."""
+
+    code = "chip_revoked"
+
+
+class MeasurementRevoked(BrokerRefusal):
+    """The owner has revoked what this machine runs."""
+
+    code = "measurement_revoked"
+
+
+class InstanceRevoked(BrokerRefusal):
+    """The owner has revoked this pipeline instance."""
+
+    code = "instance_revoked"
+
+
 class TooManyNonces(BrokerRefusal):
     """Too many challenges are outstanding."""
 
@@ -593,6 +629,93 @@ class NoRoster(BrokerRefusal):
     """The instance has no roster: not all of its shards are admitted and watching yet."""
 
     code = "no_roster"
+
+
+# -- the broker's state and its audit log ------------------------------------------------------
+
+
+class StateError(SecurityError):
+    """The base of everything that keeps the broker's database from being used."""
+
+    code = "state"
+
+
+class StateMissing(StateError):
+    """There is no database in the broker's home."""
+
+    code = "state_missing"
+
+
+class StateDamaged(StateError):
+    """The database is not one, or parts of it cannot be read."""
+
+    code = "state_damaged"
+
+
+class StateOtherVersion(StateError):
+    """The database was written by another version of the broker."""
+
+    code = "state_other_version"
+
+
+class StateInUse(StateError):
+    """Another broker runs on this home."""
+
+    code = "state_in_use"
+
+
+class StateUnwritable(StateError):
+    """A change could not be made durable, so it was not made."""
+
+    code = "state_unwritable"
+
+
+class StateRolledBack(StateError):
+    """The database is older than what a witness has seen."""
+
+    code = "state_rolled_back"
+
+
+class AuditError(SecurityError):
+    """The base of everything that can be wrong with an audit log."""
+
+    code = "audit"
+
+
+class AuditHeadForged(AuditError):
+    """The head of the log is not signed by this broker's key."""
+
+    code = "audit_head_forged"
+
+
+class AuditEntryEdited(AuditError):
+    """An entry differs from what the next one, or the head, says."""
+
+    code = "audit_entry_edited"
+
+
+class AuditEntryMissing(AuditError):
+    """An entry between others is missing."""
+
+    code = "audit_entry_missing"
+
+
+class AuditTruncated(AuditError):
+    """The newest entries are missing."""
+
+    code = "audit_truncated"
+
+
+class WitnessContradicted(AuditError):
+    """The log and its witness tell two histories."""
+
+    code = "witness_contradicted"
+
+
+class WitnessUnusable(AuditError):
+    """The witness cannot be read or holds no heads."""
+
+    code = "witness_unusable"
 
 
 # -- broker: what its client raises ------------------------------------------------------------

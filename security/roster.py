@@ -62,6 +62,18 @@ class RosterEntry:
     ingress_address: str
     claims: Claims
 
+    def to_bytes(self) -> bytes:
+        """The canonical encoding of one entry by itself."""
+        return encode(_entry_document(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RosterEntry:
+        """Parses what `to_bytes` wrote; raises MalformedInput."""
+        try:
+            return _read_entry(Fields.of(decode(data, MAX_ROSTER_BYTES), "member"))
+        except DocumentError as error:
+            raise MalformedInput(str(error)) from None
+
 
 @dataclass(frozen=True, slots=True)
 class Roster:

@@ -28,7 +28,18 @@ from cryptography.hazmat.primitives.serialization import (
 from security.errors import KeyFileError, MalformedInput, SignatureInvalid, WrongDocumentKind
 
 DOMAIN = "bulkhead/v1/"
-KINDS = frozenset({"policy", "template", "manifest", "broker", "roster", "enrolment"})
+KINDS = frozenset(
+    {
+        "policy",
+        "template",
+        "manifest",
+        "broker",
+        "roster",
+        "enrolment",
+        "audit-head",
+        "revocation",
+    }
+)
 
 MAX_PAYLOAD_BYTES = 32 << 20
 """Longest payload that is read; a manifest of a hundred thousand tensors stays below it."""

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from placement.plan import WEIGHT_FORMATS
 from serving.attest_options import add_attest
+from serving.broker_options import add_broker_commands
 from serving.errors import CommandError, UsageError
 from serving.home import HOME_VARIABLE, Home, RunState
 from serving.planning import ModelSettings
@@ -553,7 +554,7 @@ def _add_broker(commands: _Commands) -> None:
         bulkhead broker --listen 10.0.0.5:7000 --home /var/lib/bulkhead --owner-key owner.pub
         """,
     )
-    parser.add_argument("--listen", type=_address, required=True, help="HOST:PORT; port 0: any")
+    parser.add_argument("--listen", type=_address, help="HOST:PORT; port 0: any")
     parser.add_argument(
         "--owner-key", type=Path, help="the owner's public key (default: of this home)"
     )
@@ -564,10 +565,21 @@ def _add_broker(commands: _Commands) -> None:
         help="vendors' certificates, revocation lists, TCB info and manifests; read anew when it "
         "changes",
     )
+    parser.add_argument(
+        "--witness",
+        type=Path,
+        metavar="FILE",
+        help="append signed heads of the audit log to this file, best on another machine; refuse "
+        "a database that is older",
+    )
+    parser.add_argument("--witness-url", type=_url, help="post those heads there too")
     _add_home(parser)
+    add_broker_commands(parser, _add)
 
 
 def _broker(arguments: argparse.Namespace) -> int:
+    if arguments.listen is None:
+        raise UsageError("broker: expected --listen HOST:PORT, or a command such as audit")
     import logging
     import signal
 
@@ -583,7 +595,14 @@ def _broker(arguments: argparse.Namespace) -> int:
     else:
         owner_public = public_bytes(home.owner_key())
     try:
-        server = start_broker(arguments.listen, home.broker, owner_public, arguments.collateral)
+        server = start_broker(
+            arguments.listen,
+            home.broker,
+            owner_public,
+            arguments.collateral,
+            witness=arguments.witness,
+            witness_url=arguments.witness_url or "",
+        )
     except OSError as error:
         raise CommandError(str(error)) from None
     write_public_key(home.path / "broker.pub", server.public_key)
@@ -678,6 +697,12 @@ def _splits(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]{1,4}(?:,[0-9]{1,4})*", text):
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,3, found {text[:80]!r}")
     return tuple(int(part) for part in text.split(","))
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[!-~]{1,2000}", text):
+        raise argparse.ArgumentTypeError(f"expected http:// or https://, found {text[:80]!r}")
+    return text
 
 
 def _address(text: str) -> str:

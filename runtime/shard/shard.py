@@ -247,6 +247,7 @@ class Shard:
         assert self._stage is not None
         renewing = threading.Thread(target=self._renew, name="renew", daemon=True)
         renewing.start()
+        membership.on_ended = self._ended
         for roster in membership.rosters():
             if self._stopping.is_set():
                 break
@@ -272,6 +273,13 @@ class Shard:
             epoch.open()
         if self._fatal is not None:
             raise self._fatal
+
+    def _ended(self, ended: bytes) -> None:
+        """Closes the links of an epoch at once: one of its members was revoked."""
+        with self._epoch_lock:
+            epoch = self._epoch
+        if epoch is not None and epoch.roster.epoch == ended:
+            epoch.fail("the broker ended it: a member was revoked")
 
     def _opened(self, epoch: Epoch) -> None:
         with self._epoch_lock:

@@ -39,6 +39,28 @@ class InstallReply(_message.Message):
     generation: int
     def __init__(self, generation: _Optional[int] = ...) -> None: ...
 
+class RevokeRequest(_message.Message):
+    __slots__ = ("document",)
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    document: bytes
+    def __init__(self, document: _Optional[bytes] = ...) -> None: ...
+
+class RevokeReply(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class GetRevocationsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetRevocationsReply(_message.Message):
+    __slots__ = ("document",)
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    document: bytes
+    def __init__(self, document: _Optional[bytes] = ...) -> None: ...
+
 class ChallengeRequest(_message.Message):
     __slots__ = ("instance", "role")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -130,10 +152,12 @@ class WatchRequest(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., role: _Optional[str] = ..., known_epoch: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class WatchReply(_message.Message):
-    __slots__ = ("roster",)
+    __slots__ = ("roster", "ended_epoch")
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    ENDED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     roster: bytes
-    def __init__(self, roster: _Optional[bytes] = ...) -> None: ...
+    ended_epoch: bytes
+    def __init__(self, roster: _Optional[bytes] = ..., ended_epoch: _Optional[bytes] = ...) -> None: ...
 
 class RenewEpochRequest(_message.Message):
     __slots__ = ("instance", "role", "broken_epoch", "mac")

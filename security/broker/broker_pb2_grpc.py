@@ -45,6 +45,16 @@ class KeyBrokerStub:
                 request_serializer=security_dot_broker_dot_broker__pb2.InstallRequest.SerializeToString,
                 response_deserializer=security_dot_broker_dot_broker__pb2.InstallReply.FromString,
                 _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/bulkhead.broker.KeyBroker/Revoke',
+                request_serializer=security_dot_broker_dot_broker__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=security_dot_broker_dot_broker__pb2.RevokeReply.FromString,
+                _registered_method=True)
+        self.GetRevocations = channel.unary_unary(
+                '/bulkhead.broker.KeyBroker/GetRevocations',
+                request_serializer=security_dot_broker_dot_broker__pb2.GetRevocationsRequest.SerializeToString,
+                response_deserializer=security_dot_broker_dot_broker__pb2.GetRevocationsReply.FromString,
+                _registered_method=True)
         self.Challenge = channel.unary_unary(
                 '/bulkhead.broker.KeyBroker/Challenge',
                 request_serializer=security_dot_broker_dot_broker__pb2.ChallengeRequest.SerializeToString,
@@ -94,6 +104,20 @@ class KeyBrokerServicer:
 
     def Install(self, request, context):
         """Installs what the owner signed. Anybody may call: the signatures are the authority.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Installs a signed list of revocations. Anybody may call: the signature is the authority.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRevocations(self, request, context):
+        """The newest signed list of revocations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +184,16 @@ def add_KeyBrokerServicer_to_server(servicer, server):
                     servicer.Install,
                     request_deserializer=security_dot_broker_dot_broker__pb2.InstallRequest.FromString,
                     response_serializer=security_dot_broker_dot_broker__pb2.InstallReply.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=security_dot_broker_dot_broker__pb2.RevokeRequest.FromString,
+                    response_serializer=security_dot_broker_dot_broker__pb2.RevokeReply.SerializeToString,
+            ),
+            'GetRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRevocations,
+                    request_deserializer=security_dot_broker_dot_broker__pb2.GetRevocationsRequest.FromString,
+                    response_serializer=security_dot_broker_dot_broker__pb2.GetRevocationsReply.SerializeToString,
             ),
             'Challenge': grpc.unary_unary_rpc_method_handler(
                     servicer.Challenge,
@@ -251,6 +285,60 @@ class KeyBroker:
             '/bulkhead.broker.KeyBroker/Install',
             security_dot_broker_dot_broker__pb2.InstallRequest.SerializeToString,
             security_dot_broker_dot_broker__pb2.InstallReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bulkhead.broker.KeyBroker/Revoke',
+            security_dot_broker_dot_broker__pb2.RevokeRequest.SerializeToString,
+            security_dot_broker_dot_broker__pb2.RevokeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bulkhead.broker.KeyBroker/GetRevocations',
+            security_dot_broker_dot_broker__pb2.GetRevocationsRequest.SerializeToString,
+            security_dot_broker_dot_broker__pb2.GetRevocationsReply.FromString,
             options,
             channel_credentials,
             insecure,

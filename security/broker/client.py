@@ -27,6 +27,7 @@ from security.broker import broker_pb2, broker_pb2_grpc
 from security.broker.documents import Installation, open_certificate, open_installation, open_plan
 from security.broker.key_broker import MAX_NOTE_LENGTH, MAX_NOTES, MAX_REPORT_LENGTH, NONCE_BYTES
 from security.broker.members import member_mac, open_secret
+from security.broker.revocation import Revocations
 from security.broker.service import CODE_METADATA, KEEPALIVE_OPTIONS
 from security.broker.store import printable
 from security.errors import (
@@ -236,6 +237,26 @@ class BrokerClient:
         )
         return reply.generation
 
+    def revoke(self, document: bytes) -> int:
+        """Installs a signed list of revocations; returns the generation that holds now."""
+        request = broker_pb2.RevokeRequest(document=document)
+        reply: broker_pb2.RevokeReply = self._call(
+            lambda: self._stub.Revoke(request, timeout=CALL_TIMEOUT_S)
+        )
+        return reply.generation
+
+    def revocations(self) -> Revocations:
+        """What the broker says is revoked; signed by the owner, but perhaps an older list.
+
+        Raises:
+            SecurityError: the list is not this owner's.
+        """
+        request = broker_pb2.GetRevocationsRequest()
+        reply: broker_pb2.GetRevocationsReply = self._call(
+            lambda: self._stub.GetRevocations(request, timeout=CALL_TIMEOUT_S)
+        )
+        return Revocations.open(reply.document, self._owner_public)
+
     def challenge(self, instance: str, role: str) -> Challenge:
         """Asks for a nonce and verifies the documents that come with it.
 
@@ -416,7 +437,11 @@ class Membership:
         shard_private_key: the admitted key.
         secret: the member secret.
         readmit: asks for admission again with the same key and returns the new secret; used when
-            the broker has forgotten its members, as after its restart.
+            the broker has forgotten its members.
+
+    Attributes:
+        on_ended: called, from a thread of the membership, with an epoch that the broker has ended
+            because a member was revoked. Set it before `rosters` is called.
     """
 
     def __init__(
@@ -427,6 +452,7 @@ class Membership:
         secret: bytes,
         readmit: Callable[[], bytes] | None = None,
     ) -> None:
+        self.on_ended: Callable[[bytes], None] | None = None
         self._client = client
         self._challenge = challenge
         self._shard_key = shard_private_key.public_key().public_bytes_raw()
@@ -562,6 +588,8 @@ class Membership:
             for reply in stream:
                 if reply.roster:
                     self._receive(reply.roster)
+                if reply.ended_epoch and self.on_ended is not None:
+                    self.on_ended(reply.ended_epoch)
                 yield
         except grpc.RpcError as error:
             raise self._client._translated(error) from None

@@ -13,6 +13,7 @@ needs a new epoch; it is issued once every role is admitted and watching.
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import re
 import threading
@@ -45,7 +46,8 @@ from security.broker.documents import (
     open_enrolments,
     open_installation,
 )
-from security.broker.members import SECRET_BYTES, member_mac, seal_secret
+from security.broker.members import SECRET_BYTES, member_mac, member_secret, seal_secret
+from security.broker.revocation import Revocations
 from security.broker.store import BrokerStore, printable
 from security.errors import (
     BrokerRefusal,
@@ -66,9 +68,13 @@ from security.errors import (
     NothingInstalled,
     NotTheMember,
     PlanReplaced,
+    RevocationDropped,
+    RevocationRollback,
     RoleSwapped,
     SecurityError,
     ShardKeySwapped,
+    StateError,
+    StateUnwritable,
     TemplateExpired,
     TemplateRejected,
     TooManyInstances,
@@ -84,6 +90,8 @@ from security.errors import (
 from security.roster import ADDRESS, EPOCH_BYTES, LIFETIME_S, Roster, RosterEntry
 from security.signing import public_bytes, sign
 
+log = logging.getLogger("bulkhead.broker")
+
 NONCE_BYTES = 32
 NONCE_LIFETIME_S = 60.0
 MAX_NONCES = 4096
@@ -92,6 +100,7 @@ MAX_WATCHERS = 256
 MAX_NOTES = 16
 MAX_NOTE_LENGTH = 512
 MAX_REPORT_LENGTH = 500
+_BOOT_BYTES = 8
 INSTANCE_IDLE_S = 3600.0
 """How long an instance without any watcher keeps its place when another one needs it."""
 
@@ -138,6 +147,8 @@ class _Instance:
     roster: Roster | None = None
     # The edition that shards have, and the newest one for clients; see security.roster.
     epoch_edition: bytes = b""
+    # The last epoch that was ended by a revocation.
+    ended_epoch: bytes = b""
     newest_edition: bytes = b""
 
 
@@ -151,6 +162,7 @@ class Watcher:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._roster: bytes | None = None
+        self._ended = b""
         self._closed = False
         self._reason: BrokerRefusal | None = None
         self.on_close: Callable[[], None] | None = None
@@ -163,7 +175,9 @@ class Watcher:
             WatchClosed: the other side closed the stream, or opened a newer one.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._roster is not None or self._closed, timeout)
+            self._changed.wait_for(
+                lambda: self._roster is not None or self._closed or self._ended != b"", timeout
+            )
             if self._closed:
                 raise self._reason or WatchClosed
             roster, self._roster = self._roster, None
@@ -174,6 +188,19 @@ class Watcher:
         with self._changed:
             self._roster = roster
             self._changed.notify_all()
+
+    def end(self, epoch: bytes) -> None:
+        """Says that an epoch's links must be closed before there is another roster."""
+        with self._changed:
+            self._roster = None
+            self._ended = epoch
+            self._changed.notify_all()
+
+    def take_ended(self) -> bytes:
+        """An epoch that was ended and that was not taken yet; empty for none."""
+        with self._changed:
+            ended, self._ended = self._ended, b""
+            return ended
 
     def close(self, reason: BrokerRefusal | None = None) -> None:
         """Ends the stream; safe to call more than once and from any thread."""
@@ -191,7 +218,7 @@ class KeyBroker:
     """The broker's state; safe to use from several threads.
 
     Args:
-        store: key, installed documents and audit log.
+        store: key, durable state and audit log; closed with the broker.
         owner_public: the owner's key (32 bytes).
         clock: Unix time in seconds.
         random: gives that many random bytes.
@@ -213,6 +240,7 @@ class KeyBroker:
         self._random = random
         self._collateral = collateral
         self._key = store.broker_key()
+        self._boot = random(_BOOT_BYTES).hex()
         self.public_key = public_bytes(self._key)
         # Reentrant: closing a watcher calls back into the broker.
         self._lock = threading.RLock()
@@ -221,18 +249,45 @@ class KeyBroker:
         self._enrolments = Enrolments()
         self._nonces: dict[bytes, _Nonce] = {}
         self._instances: dict[str, _Instance] = {}
-        self._serial = 0
+        self._serial = store.serial()
+        self._revocations = Revocations.open(store.revocations(owner_public), owner_public)
         self._restore()
+        self._audit(
+            "started",
+            boot=self._boot,
+            generation=str(self._documents.template.generation) if self._documents else "",
+            members=str(sum(len(item.members) for item in self._instances.values())),
+        )
+
+    def close(self) -> None:
+        """Ends every watch stream and gives the home free for another broker."""
+        with self._lock:
+            for instance in self._instances.values():
+                for watcher in list(instance.watchers.values()):
+                    watcher.close()
+        self._store.close()
 
     def _restore(self) -> None:
+        """Takes up what was installed and who was admitted; nonces and epochs begin anew."""
         try:
             installation = self._store.load()
             if installation is not None:
                 self._documents, self._enrolments = self._open(installation)
                 self._installation = installation
+                self._restore_members()
+        except StateError:
+            raise
         except SecurityError as error:
-            # Another owner's documents, or a damaged file: as good as none.
+            # Another owner's documents, or damaged ones: as good as none.
             self._audit("ignored", code=error.code, reason=f"installed documents: {error}")
+
+    def _restore_members(self) -> None:
+        for name, salt, entry in self._store.members():
+            instance = self._instances.setdefault(name, _Instance(name, self._clock()))
+            secret = member_secret(self._key, salt, name, entry.role, entry.shard_key)
+            instance.members[entry.role] = _Member(secret, entry)
+        # Where the broker was killed between a revocation and what follows from it.
+        self._expel()
 
     # -- what the owner installs ---------------------------------------------------------------
 
@@ -272,25 +327,109 @@ class KeyBroker:
                         f"template: expected a generation of at least {least}, found "
                         f"{template.generation}; sign it with a higher one"
                     )
-                self._store.save_generation(self._owner_public, template.generation)
-                self._store.save(installation)
+                with self._store.transaction():
+                    self._store.save_generation(self._owner_public, template.generation)
+                    for name in list(self._instances):
+                        self._drop(name, "the owner installed a new plan")
+                    self._store.save(installation)
+                    self._audit(
+                        "installed",
+                        peer=peer,
+                        generation=str(template.generation),
+                        cluster=template.cluster,
+                        model=template.model,
+                        template=documents.template_digest,
+                        policy=documents.policy_digest,
+                        manifest=documents.manifest_digest,
+                    )
                 self._installation = installation
                 self._documents = documents
                 self._enrolments = enrolments
                 self._nonces.clear()
-                for name in list(self._instances):
-                    self._drop(name, "the owner installed a new plan")
-            self._audit(
-                "installed",
-                peer=peer,
-                generation=str(template.generation),
-                cluster=template.cluster,
-                model=template.model,
-                template=documents.template_digest,
-                policy=documents.policy_digest,
-                manifest=documents.manifest_digest,
-            )
             return template.generation
+
+    @property
+    def revocations(self) -> bytes:
+        """The owner's newest signed list of revocations; empty for none."""
+        return self._store.revocations(self._owner_public)
+
+    def revoke(self, document: bytes, peer: str) -> int:
+        """Takes over a signed list of revocations; returns its generation.
+
+        Members that it names are members no more; the epochs that they were in end at once, and
+        their instances get another when every role has a member again.
+
+        Raises:
+            MalformedInput, WrongDocumentKind, SignatureInvalid, RevocationRollback,
+            RevocationDropped, StateUnwritable
+        """
+        with self._audited("revoke", peer=peer), self._lock:
+            revocations = Revocations.open(document, self._owner_public)
+            known = self._revocations
+            if revocations == known:
+                return known.generation
+            if revocations.generation <= known.generation:
+                raise RevocationRollback(
+                    f"revocations: expected a generation above {known.generation}, found "
+                    f"{revocations.generation}; revoke again"
+                )
+            if not known.values <= revocations.values:
+                kind, value = min(known.values - revocations.values)
+                raise RevocationDropped(
+                    f"revocations: expected all of generation {known.generation}, found none of "
+                    f"{kind} {value[:128]}; revoke again with the list that this broker has"
+                )
+            with self._store.transaction():
+                self._store.save_revocations(self._owner_public, document)
+                self._audit(
+                    "revoked",
+                    peer=peer,
+                    generation=str(revocations.generation),
+                    added=", ".join(
+                        f"{kind} {value}"
+                        for kind, value in sorted(revocations.values - known.values)
+                    ),
+                )
+            self._revocations = revocations
+            self._expel()
+            return revocations.generation
+
+    def _expel(self) -> None:
+        """Ends the membership of whoever is revoked, and the epochs that they are in."""
+        for instance in list(self._instances.values()):
+            for role, member in list(instance.members.items()):
+                try:
+                    self._revocations.require_instance(instance.name)
+                    self._revocations.require(member.entry.claims)
+                except BrokerRefusal as error:
+                    self._expel_member(instance, role, error)
+            if not instance.members:
+                del self._instances[instance.name]
+
+    def _expel_member(self, instance: _Instance, role: str, error: BrokerRefusal) -> None:
+        # In memory first: what is on disk is expelled again at the next start.
+        del instance.members[role]
+        watcher = instance.watchers.pop(role, None)
+        if watcher is not None:
+            watcher.close(error)
+        if instance.roster is not None:
+            instance.ended_epoch = instance.roster.epoch
+            for other in instance.watchers.values():
+                other.end(instance.ended_epoch)
+        instance.roster = None
+        instance.needs_epoch = True
+        try:
+            with self._store.transaction():
+                self._store.delete_member(instance.name, role)
+                self._audit(
+                    "expelled",
+                    instance=instance.name,
+                    role=role,
+                    code=error.code,
+                    epoch=instance.ended_epoch.hex(),
+                )
+        except StateUnwritable as failure:
+            log.error("expelling %s %s: %s", instance.name, role, failure)
 
     def _open(self, installation: Installation) -> tuple[OwnedDocuments, Enrolments]:
         documents = open_installation(installation, self._owner_public)
@@ -344,6 +483,7 @@ class KeyBroker:
         with self._audited("challenge", instance=instance, role=role, peer=peer), self._lock:
             _check_name("instance", instance)
             installation, _, _ = self._admissible(role)
+            self._revocations.require_instance(instance)
             self._make_room_for_nonce(peer)
             nonce = self._random(NONCE_BYTES)
             self._nonces[nonce] = _Nonce(instance, role, peer, self._clock() + NONCE_LIFETIME_S)
@@ -416,9 +556,13 @@ class KeyBroker:
                     f"{role.name}: expected the plan that the challenge was for, found another; "
                     "ask for a new challenge"
                 )
+            self._revocations.require_instance(request.instance)
+            self._revocations.require(claims)
             self._check_claims(request, documents, role, claims)
-            instance = self._place_for(request.instance, documents)
-            secret = self._random(SECRET_BYTES)
+            salt = self._random(SECRET_BYTES)
+            secret = member_secret(
+                self._key, salt, request.instance, request.role, request.shard_key
+            )
             sealed = seal_secret(
                 secret, request.shard_key, request.instance, request.role, request.nonce
             )
@@ -429,6 +573,18 @@ class KeyBroker:
                 request.ingress_address,
                 claims,
             )
+            with self._store.transaction():
+                instance = self._place_for(request.instance, documents)
+                self._store.save_member(request.instance, salt, entry)
+                self._audit(
+                    "admitted",
+                    **where,
+                    node=claims.node,
+                    kind=claims.kind,
+                    shard_key=request.shard_key.hex()[:16],
+                    link_address=request.link_address,
+                )
+            # Durable from here on: what is answered is not forgotten.
             self._instances[request.instance] = instance
             instance.members[role.name] = _Member(secret, entry)
             instance.needs_epoch = True
@@ -436,14 +592,6 @@ class KeyBroker:
             replaced = instance.watchers.pop(role.name, None)
             if replaced is not None:
                 replaced.close(NotTheMember(f"{role.name}: another shard was admitted to the role"))
-            self._audit(
-                "admitted",
-                **where,
-                node=claims.node,
-                kind=claims.kind,
-                shard_key=request.shard_key.hex()[:16],
-                link_address=request.link_address,
-            )
             return sealed
 
     def _spend_nonce(self, request: AdmissionRequest) -> None:
@@ -566,9 +714,17 @@ class KeyBroker:
             watcher.on_close = lambda: self._left(found, role, watcher)
             if not found.needs_epoch and found.roster and found.roster.epoch != known_epoch:
                 watcher.put(found.epoch_edition)
+            elif known_epoch and (known_epoch == found.ended_epoch or self._incomplete(found)):
+                # It was away when the epoch ended.
+                watcher.end(known_epoch)
             self._audit("present", instance=instance, role=role, peer=peer)
             self._issue(found)
             return watcher
+
+    def _incomplete(self, instance: _Instance) -> bool:
+        """Whether a role has no member, so that no epoch from before can hold."""
+        _, documents = self._current()
+        return any(role.name not in instance.members for role in documents.template.roles)
 
     def _left(self, instance: _Instance, role: str, watcher: Watcher) -> None:
         with self._lock:
@@ -639,13 +795,11 @@ class KeyBroker:
         if now >= template.expires_at:
             self._audit("refused", instance=instance.name, code=TemplateExpired.code)
             return
-        # Milliseconds keep the serial growing across restarts of the broker.
-        self._serial = max(self._serial + 1, int(self._clock() * 1000))
-        instance.roster = Roster(
+        roster = Roster(
             instance=instance.name,
             cluster=template.cluster,
             epoch=self._random(EPOCH_BYTES),
-            serial=self._serial,
+            serial=self._next_serial(),
             template_digest=documents.template_digest,
             policy_digest=documents.policy_digest,
             manifest_digest=documents.manifest_digest,
@@ -655,11 +809,28 @@ class KeyBroker:
             # What the owner signed bounds what the broker signs.
             expires_at=min(now + LIFETIME_S, template.expires_at),
         )
+        try:
+            self._record("epoch", roster)
+        except StateUnwritable as error:
+            # Still needed: the next call of a member tries again.
+            log.error("epoch of %s: %s", instance.name, error)
+            return
+        instance.roster = roster
         instance.needs_epoch = False
-        instance.epoch_edition = instance.newest_edition = self._signed(instance.roster)
-        self._audit("epoch", instance=instance.name, epoch=instance.roster.epoch.hex())
+        instance.epoch_edition = instance.newest_edition = self._signed(roster)
         for watcher in instance.watchers.values():
             watcher.put(instance.epoch_edition)
+
+    def _next_serial(self) -> int:
+        # Milliseconds keep it growing also where the database was lost.
+        return max(self._serial + 1, int(self._clock() * 1000))
+
+    def _record(self, event: str, roster: Roster) -> None:
+        """Makes a roster's serial durable before anybody sees it; raises StateUnwritable."""
+        with self._store.transaction():
+            self._store.save_serial(roster.serial)
+            self._audit(event, instance=roster.instance, epoch=roster.epoch.hex())
+        self._serial = roster.serial
 
     def _signed(self, roster: Roster) -> bytes:
         return sign("roster", roster.to_bytes(), self._key).to_bytes()
@@ -668,7 +839,7 @@ class KeyBroker:
         """The newest edition of the current roster, and the documents to verify it with.
 
         Raises:
-            MalformedInput, NothingInstalled, NoRoster
+            MalformedInput, NothingInstalled, NoRoster, StateUnwritable
         """
         with self._lock:
             _check_name("instance", instance)
@@ -683,12 +854,12 @@ class KeyBroker:
             latest = min(now + LIFETIME_S, documents.template.expires_at)
             half_life = found.roster.issued_at + LIFETIME_S // 2
             if now >= half_life and latest > found.roster.expires_at:
-                self._serial = max(self._serial + 1, int(self._clock() * 1000))
-                found.roster = replace(
-                    found.roster, serial=self._serial, issued_at=now, expires_at=latest
+                renewed = replace(
+                    found.roster, serial=self._next_serial(), issued_at=now, expires_at=latest
                 )
-                found.newest_edition = self._signed(found.roster)
-                self._audit("renewed", instance=instance, epoch=found.roster.epoch.hex())
+                self._record("renewed", renewed)
+                found.roster = renewed
+                found.newest_edition = self._signed(renewed)
             return found.newest_edition, installation
 
     def retire(self, instance: str, peer: str) -> None:
@@ -699,10 +870,12 @@ class KeyBroker:
                 self._drop(instance, "retired")
 
     def _drop(self, name: str, reason: str) -> None:
+        with self._store.transaction():
+            self._store.delete_instance(name)
+            self._audit("dropped", instance=name, reason=reason)
         instance = self._instances.pop(name)
         for role, watcher in list(instance.watchers.items()):
             watcher.close(UnknownMember(f"{name} {role}: {reason}; be admitted again"))
-        self._audit("dropped", instance=name, reason=reason)
 
     # -- log -----------------------------------------------------------------------------------
 

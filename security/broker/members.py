@@ -6,14 +6,36 @@ import hashlib
 import hmac
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from security.errors import BrokerReplyInvalid, MalformedInput
 from security.signing import length_prefixed
 
 SECRET_BYTES = 32
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+
+
+def member_secret(
+    broker_key: Ed25519PrivateKey, salt: bytes, instance: str, role: str, shard_key: bytes
+) -> bytes:
+    """The secret of one admission: HKDF-SHA-256 (RFC 5869) of the broker's private key.
+
+    So a restarted broker knows its members by what lies in its database, which holds no secret.
+
+    Args:
+        broker_key: the broker's signing key.
+        salt: random bytes of this admission.
+        instance, role, shard_key: who was admitted.
+    """
+    info = length_prefixed(
+        [b"bulkhead/v1/derived-secret", instance.encode(), role.encode(), shard_key]
+    )
+    derive = HKDF(SHA256(), SECRET_BYTES, salt=salt, info=info)
+    return derive.derive(broker_key.private_bytes_raw())
 
 
 def _info(instance: str, role: str, nonce: bytes) -> bytes:

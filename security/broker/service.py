@@ -21,10 +21,13 @@ from security.attestation.collateral import Collateral
 from security.attestation.collateral_directory import CollateralDirectory
 from security.attestation.evidence import Binding, Evidence
 from security.broker import broker_pb2, broker_pb2_grpc
+from security.broker.audit import read_witness, require_not_behind
 from security.broker.documents import Installation
 from security.broker.key_broker import MAX_WATCHERS, AdmissionRequest, KeyBroker, WatchClosed
 from security.broker.store import BrokerStore, printable
+from security.broker.witness import Send, to_file, to_http
 from security.errors import MalformedInput, NoRoster, NothingInstalled, SecurityError
+from security.signing import public_bytes
 
 log = logging.getLogger("bulkhead.broker")
 
@@ -92,6 +95,7 @@ class BrokerServer:
         """Ends all streams and stops listening; safe to call more than once."""
         self._servicer.stopping.set()
         self._server.stop(grace_s).wait()
+        self._servicer.broker.close()
 
     def wait(self) -> None:
         """Waits until the server has stopped."""
@@ -99,7 +103,13 @@ class BrokerServer:
 
 
 def start_broker(
-    listen: str, home: Path, owner_public: bytes, collateral: Path | None = None
+    listen: str,
+    home: Path,
+    owner_public: bytes,
+    collateral: Path | None = None,
+    *,
+    witness: Path | None = None,
+    witness_url: str = "",
 ) -> BrokerServer:
     """Starts a key broker in threads of this process.
 
@@ -108,10 +118,14 @@ def start_broker(
         home: directory of its key, installed documents and audit log (made with mode 0700).
         owner_public: the owner's public key (32 bytes).
         collateral: directory of the vendors' documents, read anew when it changes.
+        witness: file that heads of the audit log are appended to. A database that is older than
+            what it holds is refused.
+        witness_url: http or https URL that heads are posted to; "" for none.
 
     Raises:
         KeyFileError: the broker's key file cannot be used.
         CollateralUnusable: the directory cannot be read.
+        StateError, AuditError: the home's database cannot be used; see `BrokerStore`.
         OSError: the address cannot be listened on.
     """
     documents: Callable[[], Collateral] = Collateral
@@ -119,7 +133,14 @@ def start_broker(
         documents = CollateralDirectory(collateral)
         # What is wrong with it is said now, not at the first admission.
         documents()
-    broker = KeyBroker(BrokerStore(home), owner_public, collateral=documents)
+    store = BrokerStore(home)
+    try:
+        # Before anything is written: a new entry would hide that the log is an old one.
+        _attach_witnesses(store, witness, witness_url)
+        broker = KeyBroker(store, owner_public, collateral=documents)
+    except BaseException:
+        store.close()
+        raise
     pool = ThreadPoolExecutor(MAX_WATCHERS + _UNARY_THREADS, thread_name_prefix="broker")
     server = grpc.server(pool, options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
     servicer = _Servicer(broker)
@@ -129,6 +150,7 @@ def start_broker(
     except RuntimeError:
         port = 0
     if port == 0:
+        broker.close()
         raise OSError(f"broker: could not listen on {listen}; is another one running there?")
     server.start()
     address = f"{listen.rpartition(':')[0]}:{port}"
@@ -136,6 +158,21 @@ def start_broker(
     running = BrokerServer(server, servicer, address)
     _stop_at_exit(running)
     return running
+
+
+def _attach_witnesses(store: BrokerStore, path: Path | None, url: str) -> None:
+    """Holds the database against the witness file and keeps witnesses up to date from now on."""
+    targets: list[tuple[str, Send]] = []
+    if path is not None:
+        if path.exists():
+            witnessed = read_witness(path, public_bytes(store.broker_key()))
+            require_not_behind(store.head, witnessed)
+            store.require_entry(witnessed)
+        targets.append((str(path), to_file(path)))
+    if url:
+        targets.append((url, to_http(url)))
+    for name, send in targets:
+        store.add_witness(name, send)
 
 
 def _stop_at_exit(server: BrokerServer) -> None:
@@ -186,6 +223,23 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
                 generation=self.broker.install(installation, _peer(context))
             ),
         )
+
+    def Revoke(
+        self, request: broker_pb2.RevokeRequest, context: grpc.ServicerContext
+    ) -> broker_pb2.RevokeReply:
+        """Installs a signed list of revocations."""
+        return _answer(
+            context,
+            lambda: broker_pb2.RevokeReply(
+                generation=self.broker.revoke(request.document, _peer(context))
+            ),
+        )
+
+    def GetRevocations(
+        self, request: broker_pb2.GetRevocationsRequest, context: grpc.ServicerContext
+    ) -> broker_pb2.GetRevocationsReply:
+        """The newest signed list of revocations."""
+        return broker_pb2.GetRevocationsReply(document=self.broker.revocations)
 
     def Challenge(
         self, request: broker_pb2.ChallengeRequest, context: grpc.ServicerContext
@@ -259,6 +313,9 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
             yield broker_pb2.WatchReply()
             while not self.stopping.is_set():
                 roster = watcher.next(_TICK_S)
+                ended = watcher.take_ended()
+                if ended:
+                    yield broker_pb2.WatchReply(ended_epoch=ended)
                 if roster is not None:
                     yield broker_pb2.WatchReply(roster=roster)
         except WatchClosed:

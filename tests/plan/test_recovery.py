@@ -28,6 +28,7 @@ from running import INSTANCE, RunningPlan
 
 from runtime.shard import control_pb2, control_pb2_grpc
 from runtime.shard.launch import ShardSpec
+from security.broker.audit import read_entries
 from security.broker.service import start_broker
 from security.envelope import EnvelopeClient, Request
 from security.errors import SecurityError
@@ -133,8 +134,8 @@ class ProxiedPlan(RunningPlan):
         super().close()
 
     def audit(self) -> list[dict[str, str]]:
-        lines = (self.directory / "broker" / "audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        entries = read_entries(self.directory / "broker")
+        return [{"event": entry.event, **entry.fields} for entry in entries]
 
     def log(self, role: str) -> str:
         return (self.directory / f"{role}.log").read_text()
@@ -294,7 +295,7 @@ def test_client_that_leaves(plan: ProxiedPlan, oracle: Oracle) -> None:
 
 
 def test_broker_restart(plan: ProxiedPlan, oracle: Oracle) -> None:
-    """Serving does not need the broker; who was admitted before proves itself again."""
+    """Serving does not need the broker; who was admitted before comes back as a member."""
     assert plan.broker is not None
     stream = Stream(plan, oracle, 11)
     plan.pinned = plan.roster()

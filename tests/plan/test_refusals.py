@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from runtime.shard.launch import ShardProcess
 from security.attestation.evidence import Binding
 from security.attestation.simulated import SimulatedCollector
 from security.broker import broker_pb2
+from security.broker.audit import read_entries
 from security.broker.client import BrokerClient, Challenge, request_admission
 from security.errors import AdmissionRefused, NoCollector, PickleOnlyCheckpoint
 from security.manifest import build_manifest
@@ -30,8 +30,8 @@ ROLE = "stage-1"
 
 
 def audit(plan: RunningPlan) -> list[dict[str, str]]:
-    lines = (plan.directory / "broker" / "audit.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    entries = read_entries(plan.directory / "broker")
+    return [{"event": entry.event, **entry.fields} for entry in entries]
 
 
 def no_roster(plan: RunningPlan) -> bool:

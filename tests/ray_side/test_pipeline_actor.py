@@ -26,6 +26,7 @@ from runtime.cluster.deploy import (
     stop_pipeline,
 )
 from runtime.cluster.pipeline_actor import PipelineSpec, PipelineView
+from security.broker.audit import read_entries
 
 PROMPT = "Tell nobody that the vault opens at 03:17"
 STATE_S = 90.0
@@ -249,7 +250,7 @@ def test_changed_template_is_named_in_the_actors_error(
             assert "chat_template.jinja" in view["error"]
             assert not view["roster"]
             assert plan.broker is not None
-            audit = (plan.directory / "broker" / "audit.jsonl").read_text()
-            assert "chat_template.jinja" in audit
+            entries = read_entries(plan.directory / "broker")
+            assert any("chat_template.jinja" in entry.fields.get("reason", "") for entry in entries)
         finally:
             stop_pipeline(INSTANCE)

@@ -91,6 +91,7 @@ class HardwareLab(Lab):
         self.install()
 
     def start(self) -> KeyBroker:
+        self.close()
         return KeyBroker(
             BrokerStore(self.home),
             self.owner_public,

@@ -16,6 +16,7 @@ from placement.policy import Policy, Weakness, parse_policy
 from security.attestation.enrolled import Enrolments
 from security.attestation.evidence import Binding, Evidence
 from security.attestation.simulated import SimulatedCollector
+from security.broker.audit import read_entries
 from security.broker.documents import Installation, sign_installation
 from security.broker.key_broker import AdmissionRequest, KeyBroker, Watcher
 from security.broker.members import member_mac, open_secret
@@ -138,6 +139,11 @@ def make_template(policy: Policy, manifest: Manifest, **changes: object) -> Plan
     return replace(template, **changes)  # type: ignore[arg-type]
 
 
+def audit_lines(home: Path) -> list[dict[str, str]]:
+    """The audit log of a broker, running or not."""
+    return [{"event": entry.event, **entry.fields} for entry in read_entries(home)]
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -178,7 +184,13 @@ class Lab:
         self.broker = self.start()
 
     def start(self) -> KeyBroker:
+        """A broker on the same home; the one before, if there is one, ends."""
+        self.close()
         return KeyBroker(BrokerStore(self.home), self.owner_public, clock=self.clock)
+
+    def close(self) -> None:
+        if "broker" in vars(self):
+            self.broker.close()
 
     def template(self, **changes: object) -> PlanTemplate:
         return make_template(self.policy, self.manifest, **changes)
@@ -197,7 +209,7 @@ class Lab:
         self.broker.install(self.installation(**changes), "test")
 
     def audit(self) -> list[dict[str, str]]:
-        return [json.loads(line) for line in (self.home / "audit.jsonl").read_text().splitlines()]
+        return audit_lines(self.home)
 
     def request(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from security.attestation import appraise
 from security.attestation.enrolled import EnrolledCollector, Enrolment, Enrolments
 from security.attestation.evidence import Binding, Evidence
 from security.attestation.simulated import SimulatedCollector
+from security.broker import broker_pb2
 from security.broker.key_broker import (
     INSTANCE_IDLE_S,
     MAX_NONCES_PER_PEER,
@@ -22,6 +26,7 @@ from security.broker.key_broker import (
     WatchClosed,
 )
 from security.broker.members import member_mac
+from security.broker.store import BrokerStore
 from security.roster import LIFETIME_S
 from security.signing import public_bytes, sign
 
@@ -128,7 +133,7 @@ def test_generation_never_goes_back(lab: Lab) -> None:
         with pytest.raises(errors.GenerationRollback):
             lab.install(generation=generation, max_instances=2)
     lab.install(generation=5)  # the very same documents again
-    restarted = lab.start()
+    restarted = lab.broker = lab.start()
     with pytest.raises(errors.GenerationRollback):
         restarted.install(lab.installation(generation=4), "test")
 
@@ -143,6 +148,141 @@ def test_installed_documents_survive_a_restart(lab: Lab) -> None:
 def test_files_are_private(lab: Lab) -> None:
     assert lab.home.stat().st_mode & 0o777 == 0o700
     assert (lab.home / "broker.key").stat().st_mode & 0o777 == 0o600
+
+
+def other_home(lab: Lab, change: str) -> None:
+    """Ends the broker and changes its database behind its back."""
+    lab.close()
+    with closing(sqlite3.connect(lab.home / "broker.db")) as database:
+        database.executescript(change)
+
+
+def test_members_survive_a_restart(lab: Lab) -> None:
+    head, tail = lab.admit("stage-0"), lab.admit("stage-1")
+    lab.broker = lab.start()
+    first = lab.watch(head)
+    lab.watch(tail)
+    keys = [entry.shard_key for entry in lab.opened(first.next(0)).entries]
+    assert keys == [shard.key.public_key().public_bytes_raw() for shard in (head, tail)]
+
+
+def test_retired_and_replaced_members_stay_so_after_a_restart(lab: Lab) -> None:
+    old, new = lab.admit("stage-0"), lab.admit("stage-0")
+    lab.broker = lab.start()
+    lab.watch(new)
+    with pytest.raises(errors.NotTheMember):
+        lab.watch(old)
+    lab.broker.retire("pipeline-0", "test")
+    lab.broker = lab.start()
+    with pytest.raises(errors.UnknownMember):
+        lab.watch(new)
+
+
+def test_no_nonce_from_before_a_restart(lab: Lab) -> None:
+    unused, used = lab.request(), lab.request()
+    lab.broker.admit(used, "test")
+    lab.broker = lab.start()
+    refused(lab, errors.NonceUnknown, unused)
+    refused(lab, errors.NonceUnknown, used)
+
+
+def test_two_brokers_on_one_home(lab: Lab) -> None:
+    with pytest.raises(errors.StateInUse):
+        BrokerStore(lab.home)
+
+
+def test_database_of_another_version(lab: Lab) -> None:
+    other_home(lab, "PRAGMA user_version = 99")
+    with pytest.raises(errors.StateOtherVersion, match="expected version 1, found 99"):
+        lab.start()
+
+
+def test_database_of_something_else(lab: Lab) -> None:
+    other_home(lab, "PRAGMA application_id = 7")
+    with pytest.raises(errors.StateDamaged):
+        lab.start()
+
+
+@pytest.mark.parametrize("content", [b"damaged" * 1000, None])
+def test_damaged_database(lab: Lab, content: bytes | None) -> None:
+    lab.close()
+    path = lab.home / "broker.db"
+    if content is None:
+        whole = bytearray(path.read_bytes())
+        whole[4096:] = bytes(len(whole) - 4096)
+        content = bytes(whole)
+    path.write_bytes(content)
+    with pytest.raises(errors.StateDamaged):
+        lab.start()
+
+
+def test_damaged_member(lab: Lab) -> None:
+    lab.admit("stage-0")
+    other_home(lab, "UPDATE members SET entry = x'00'")
+    with pytest.raises(errors.StateDamaged):
+        lab.start()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("DELETE FROM audit WHERE sequence = (SELECT max(sequence) FROM audit)", "AuditTruncated"),
+        (
+            "UPDATE audit SET body = x'20' WHERE sequence = (SELECT max(sequence) FROM audit)",
+            "AuditEntryEdited",
+        ),
+        ("DELETE FROM head", "AuditHeadForged"),
+        ("UPDATE head SET signed = x'00'", "AuditHeadForged"),
+    ],
+)
+def test_changed_end_of_the_log_stops_the_broker(lab: Lab, change: str, error: str) -> None:
+    other_home(lab, change)
+    with pytest.raises(getattr(errors, error)):
+        lab.start()
+
+
+def test_key_of_another_broker(lab: Lab, tmp_path: Path) -> None:
+    lab.close()
+    (lab.home / "broker.key").unlink()
+    with pytest.raises(errors.AuditHeadForged):
+        lab.start()
+
+
+def test_what_cannot_be_made_durable_is_refused(lab: Lab) -> None:
+    request = lab.request()
+    lab.close()
+    with pytest.raises(errors.StateUnwritable):
+        lab.broker.admit(request, "test")
+    with pytest.raises(errors.UnknownMember):
+        lab.broker.watch("pipeline-0", "stage-0", b"", b"", "test")
+
+
+def test_files_of_an_earlier_version_are_taken_over(lab: Lab) -> None:
+    installation = lab.installation(generation=5)
+    lab.close()
+    message = broker_pb2.InstallRequest(
+        policy=installation.policy,
+        template=installation.template,
+        manifest=installation.manifest,
+        certificate=installation.certificate,
+    )
+    for path in lab.home.glob("broker.db*"):
+        path.unlink()
+    (lab.home / "installed").write_bytes(message.SerializeToString())
+    generation = {"owner": lab.owner_public.hex(), "generation": 5}
+    (lab.home / "generation").write_text(json.dumps(generation))
+    lab.broker = lab.start()
+    assert lab.admit("stage-0").secret
+    with pytest.raises(errors.GenerationRollback):
+        lab.install(generation=4)
+    assert not (lab.home / "installed").exists()
+
+
+@pytest.mark.parametrize("name", ["installed", "generation"])
+def test_damaged_files_of_an_earlier_version(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xff")
+    with pytest.raises(errors.MalformedInput, match="remove"):
+        BrokerStore(tmp_path)
 
 
 # -- admission: refusals -----------------------------------------------------------------------
@@ -595,10 +735,13 @@ def test_log_holds_no_secret(lab: Lab, caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level("DEBUG")
     shard = lab.admit("stage-0")
     lab.watch(shard)
-    text = (lab.home / "audit.jsonl").read_text() + caplog.text
+    lab.close()
+    text = repr(lab.audit()) + caplog.text
+    database = (lab.home / "broker.db").read_bytes()
     private = shard.key.private_bytes_raw()
     for secret in (shard.secret, private, (lab.home / "broker.key").read_bytes()[40:60]):
         assert secret.hex() not in text and repr(secret)[2:-1] not in text
+        assert secret not in database and secret.hex().encode() not in database
 
 
 def test_no_roster_outlives_the_template(lab: Lab) -> None:
@@ -618,14 +761,13 @@ def test_no_roster_outlives_the_template(lab: Lab) -> None:
 
 def test_generation_never_goes_back_even_without_what_was_installed(lab: Lab) -> None:
     lab.install(generation=5)
-    (lab.home / "installed").write_bytes(b"damaged")
-    again = lab.start()
+    lab.close()
+    with closing(sqlite3.connect(lab.home / "broker.db")) as database, database:
+        database.execute("UPDATE installed SET template = x'00'")
+    again = lab.broker = lab.start()
     with pytest.raises(errors.NothingInstalled):
         again.challenge("pipeline-0", "stage-0", "test")
     older = lab.installation(generation=4)
     with pytest.raises(errors.GenerationRollback):
         again.install(older, "test")
     assert again.install(lab.installation(generation=5), "test") == 5
-    (lab.home / "generation").write_bytes(b"damaged")
-    with pytest.raises(errors.MalformedInput):
-        again.install(lab.installation(generation=6), "test")

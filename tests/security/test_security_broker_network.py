@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -18,7 +17,8 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from security_samples import OPEN, SIMULATED, make_template, write_model
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from security_samples import OPEN, SIMULATED, audit_lines, make_template, write_model
 
 from placement.policy import parse_policy
 from security import errors
@@ -37,6 +37,7 @@ from security.broker.service import start_broker
 from security.manifest import build_manifest, observe_manifest
 from security.roster import Roster
 from security.signing import create_key_file, public_bytes
+from serving.cli import run
 from serving.rosters import route_of
 
 
@@ -129,13 +130,14 @@ class Site:
         address: str = "",
         instance: str = "pipeline-0",
         node_key_path: Path | None = None,
+        node: str = "node-a",
     ) -> tuple[Challenge, Membership, X25519PrivateKey]:
         joined = request_admission(
             address or self.address,
             self.owner_public,
             instance=instance,
             role=role,
-            node="node-a",
+            node=node,
             model_dir=self.model,
             link_address="127.0.0.1:4000",
             ingress_address="127.0.0.1:5000" if role == "stage-0" else "",
@@ -145,8 +147,7 @@ class Site:
         return joined
 
     def audit(self) -> list[dict[str, str]]:
-        lines = (self.path / "broker" / "audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return audit_lines(self.path / "broker")
 
     def wait_for(self, event: str, count: int = 1, timeout: float = 20.0) -> float:
         """Waits until an event is in the audit log often enough; returns how long it took."""
@@ -326,6 +327,47 @@ def test_new_plan_ends_memberships(site: Site) -> None:
     for feed in feeds:
         assert feed.ended.wait(10)
         assert isinstance(feed.error, errors.MembershipLost)
+
+
+def test_revocation_reaches_the_revoked_and_their_peers(site: Site) -> None:
+    head, tail = site.join("stage-0")[1], site.join("stage-1", node="node-b")[1]
+    ended: list[bytes] = []
+    told = threading.Event()
+
+    def on_ended(epoch: bytes) -> None:
+        ended.append(epoch)
+        told.set()
+
+    head.on_ended = on_ended
+    first, second = Feed(head), Feed(tail)
+    epoch = first.wait(1).epoch
+    second.wait(1)
+    home = site.path / "owner"
+    home.mkdir(mode=0o700)
+    (home / "owner.pem").write_bytes(
+        site.owner.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    (home / "owner.pem").chmod(0o600)
+    line = ["broker", "revoke", "node", "node-b", "--broker", site.address, "--home", str(home)]
+    start = time.monotonic()
+    assert run(line) == 0
+    assert told.wait(5) and ended == [epoch]
+    assert second.ended.wait(5) and time.monotonic() - start < 5
+    assert isinstance(second.error, errors.AdmissionRefused)
+    assert second.error.code == "node_revoked"
+    with pytest.raises(errors.AdmissionRefused) as caught:
+        site.client().get_roster("pipeline-0")
+    assert caught.value.code == "no_roster"
+    third = Feed(site.join("stage-1", node="node-c")[1])
+    roster = first.wait(2)
+    assert third.wait(1) == roster and roster.epoch != epoch
+    assert roster.entry("stage-1").claims.node == "node-c"
+    assert site.client().revocations().generation == 1
+    line[3] = "node-d"
+    assert run(line) == 0
+    assert site.client().revocations().generation == 2
+    line[3] = "not a name"
+    assert run(line) == 2
 
 
 def test_silent_peer_is_noticed_and_may_come_back(site: Site) -> None:
