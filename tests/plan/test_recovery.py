@@ -29,6 +29,8 @@ from running import INSTANCE, RunningPlan
 from runtime.shard import control_pb2, control_pb2_grpc
 from runtime.shard.launch import ShardSpec
 from security.broker.audit import read_entries
+from security.broker.client import BrokerClient
+from security.broker.revocation import Revocations, Revoked
 from security.broker.service import start_broker
 from security.envelope import EnvelopeClient, Request
 from security.errors import SecurityError
@@ -432,3 +434,30 @@ def test_killed_starter(model: Path, splits: tuple[int, ...], tp: int, expected:
             starter.wait()
             for pid in living(shards):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_revoked_node(plan: ProxiedPlan, oracle: Oracle) -> None:
+    """Its peers close their links within 5 s although it does not; the stream goes on."""
+    assert plan.broker is not None
+    stream = Stream(plan, oracle, 21)
+    epoch = plan.epoch
+    pid = plan.shards["stage-2"].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        document = Revocations().with_one(Revoked.NODE, "node-2").signed(plan.owner)
+        with BrokerClient(plan.broker.address, plan.owner_public) as client:
+            assert client.revoke(document) == 1
+        serving = control_pb2.SHARD_STATE_SERVING
+        while any(plan.states[role].state == serving for role in ("stage-0", "stage-1")):
+            assert time.monotonic() - start < 5, plan.logs()
+            time.sleep(0.05)
+        # Whoever was told second had its link closed by the first.
+        assert "a member was revoked" in plan.log("stage-0") + plan.log("stage-1")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert plan.wait_failed("stage-2").error_code == "node_revoked"
+    plan.kill_shard("stage-2")
+    plan.start_shard("stage-2", node="node-9")
+    stream.finish()
+    plan.wait_epoch_after(epoch)
