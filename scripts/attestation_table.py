@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -25,6 +26,7 @@ import security.attestation  # noqa: E402
 from security import errors as shared  # noqa: E402
 from security.attestation import errors as named  # noqa: E402
 from security.attestation.sev_snp import ReportDataRule  # noqa: E402
+from security.attestation.verdict import Rule
 from security.errors import AppraisalError  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "attestation.md"
@@ -50,9 +52,9 @@ def error_classes() -> dict[str, type[AppraisalError]]:
     }
 
 
-def rules() -> dict[str, object]:
+def rules() -> dict[str, Rule[Any]]:
     """Every rule by its name, in the order of names."""
-    found: dict[str, object] = {}
+    found: dict[str, Rule[Any]] = {}
     for info in pkgutil.iter_modules(security.attestation.__path__):
         module = importlib.import_module(f"security.attestation.{info.name}")
         for value in vars(module).values():
@@ -66,14 +68,14 @@ def rules() -> dict[str, object]:
     return dict(sorted(found.items()))
 
 
-def errors_of(rule: object) -> list[str]:
+def errors_of(rule: Rule[Any]) -> list[str]:
     """Codes of the errors that a rule can raise, sorted."""
-    listed = getattr(rule, "errors", None)
-    if listed is not None:
+    listed = getattr(rule, "errors", ())
+    if listed:
         return sorted({item.code for item in listed})
     function = next(
-        (getattr(rule, name) for name in ("holds", "look", "test") if hasattr(rule, name)),
-        type(rule).check,  # type: ignore[attr-defined]
+        (getattr(rule, name) for name in ("holds", "look") if hasattr(rule, name)),
+        type(rule).check,
     )
     classes = error_classes()
     return sorted({classes[name].code for name in _named(function, _DEPTH) if name in classes})
@@ -153,7 +155,7 @@ def table() -> str:
     lines = ["| check | source | errors | tests |", "|---|---|---|---|"]
     for name, rule in rules().items():
         codes = errors_of(rule)
-        source = str(rule.source).replace("|", "/")  # type: ignore[attr-defined]
+        source = rule.source.replace("|", "/")
         shown = ", ".join(f"`{code}`" for code in codes)
         lines.append(f"| `{name}` | {source} | {shown} | {', '.join(nearest(name, codes))} |")
     ruled = {code for rule in rules().values() for code in errors_of(rule)}

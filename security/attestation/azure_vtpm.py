@@ -10,7 +10,7 @@ Sources: Microsoft's "Confidential VM Guest Attestation Design Detail"; TPM 2.0 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cryptography.exceptions import InvalidSignature
@@ -45,8 +45,8 @@ from security.attestation.tpm_quote import (
     read_rsa_signature,
     read_tpm_quote,
 )
-from security.attestation.verdict import Expectations, Verdict, judge
-from security.errors import AppraisalError, EvidenceMalformed, EvidenceNotBound
+from security.attestation.verdict import Expectations, FunctionRule, Verdict, judge
+from security.errors import EvidenceMalformed, EvidenceNotBound
 
 __all__ = ["AZURE_VTPM_RULES", "KIND", "AzureRule", "AzureSubject", "verify_azure_vtpm"]
 
@@ -91,25 +91,8 @@ class AzureSubject:
     bound_to: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class AzureRule:
-    """One check of vTPM evidence.
-
-    Attributes:
-        name: stable, "azure_vtpm...".
-        source: document, section and field that it follows.
-        errors: what it raises.
-        test: the check.
-    """
-
-    name: str
-    source: str
-    errors: tuple[type[AppraisalError], ...]
-    test: Callable[[AzureSubject], None]
-
-    def check(self, subject: AzureSubject) -> None:
-        """Returns nothing, or raises one of `errors`."""
-        self.test(subject)
+AzureRule = FunctionRule[AzureSubject]
+"""One check of vTPM evidence."""
 
 
 def verify_azure_vtpm(
@@ -328,61 +311,61 @@ def _pcr_rule(index: int) -> AzureRule:
     return AzureRule(
         f"azure_vtpm.pcr{index}",
         f"TCG PC Client Platform Firmware Profile, PCR {index}; {_TPM}, TPM2B_DIGEST",
-        (PinMissing, PinRefused),
         test,
+        (PinMissing, PinRefused),
     )
 
 
 _TD_QUOTE_RULE = AzureRule(
-    "azure_vtpm.td_quote", f"{_DESIGN}, TDX report", (TdQuoteMissing,), _td_quote
+    "azure_vtpm.td_quote", f"{_DESIGN}, TDX report", _td_quote, (TdQuoteMissing,)
 )
 _TD_REPORT_RULE = AzureRule(
     "azure_vtpm.td_report",
     f"{_DESIGN}, TDX report; Intel TDX Module ABI specification, TDREPORT_STRUCT",
-    (TdReportMismatch,),
     _td_report,
+    (TdReportMismatch,),
 )
 _ALWAYS = (
     AzureRule(
         "azure_vtpm.runtime_data",
         f"{_DESIGN}, Runtime Data, hash type and claims",
-        (RuntimeDataMismatch,),
         _runtime_data,
+        (RuntimeDataMismatch,),
     ),
     AzureRule(
         "azure_vtpm.key",
         f"{_DESIGN}, Runtime Claims, HCLAkPub; RFC 7518, 6.3",
-        (VtpmKeyUnusable,),
         _vtpm_key,
+        (VtpmKeyUnusable,),
     ),
     AzureRule(
         "azure_vtpm.signature",
         f"{_TPM}, TPMT_SIGNATURE, TPM_ALG_RSASSA; RFC 8017, 8.2",
-        (TpmSignatureInvalid, TpmAlgorithmRefused, TpmQuoteMalformed),
         _tpm_signature,
+        (TpmSignatureInvalid, TpmAlgorithmRefused, TpmQuoteMalformed),
     ),
     AzureRule(
         "azure_vtpm.pcr_selection",
         f"{_TPM}, TPMS_QUOTE_INFO, pcrSelect",
-        (TpmAlgorithmRefused, PcrSelectionRefused),
         _pcr_selection,
+        (TpmAlgorithmRefused, PcrSelectionRefused),
     ),
     AzureRule(
         "azure_vtpm.pcr_digest",
         f"{_TPM}, TPMS_QUOTE_INFO, pcrDigest",
-        (PcrDigestMismatch,),
         _pcr_digest,
+        (PcrDigestMismatch,),
     ),
 )
 _FRESHNESS_RULE = AzureRule(
     "azure_vtpm.freshness",
     f"{_TPM}, TPMS_ATTEST, extraData",
-    (FreshnessUnproven, EvidenceNotBound),
     _freshness,
+    (FreshnessUnproven, EvidenceNotBound),
 )
 _PIN_RULES = (
     AzureRule(
-        "azure_vtpm.hardware", f"{_DESIGN}, report type", (PinMissing, PinRefused), _hardware
+        "azure_vtpm.hardware", f"{_DESIGN}, report type", _hardware, (PinMissing, PinRefused)
     ),
     *(_pcr_rule(i) for i in range(PCRS)),
 )

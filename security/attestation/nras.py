@@ -42,7 +42,7 @@ from security.attestation.errors import (
     NrasTooOld,
 )
 from security.attestation.nras_token import ALGORITHM, Token, read_eat, read_keys
-from security.attestation.verdict import Expectations, Verdict, judge
+from security.attestation.verdict import Expectations, FunctionRule, Verdict, judge
 
 __all__ = [
     "CHAIN_CLAIMS",
@@ -137,23 +137,8 @@ class Asked:
     bound_to: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRule:
-    """A rule about one token.
-
-    Attributes:
-        name: stable.
-        source: document, section, field.
-        look: returns nothing or raises the named error.
-    """
-
-    name: str
-    source: str
-    look: Callable[[Asked], None]
-
-    def check(self, subject: Asked) -> None:
-        """Raises what `look` raises."""
-        self.look(subject)
+TokenRule = FunctionRule[Asked]
+"""A rule about one token."""
 
 
 def verify_nras(

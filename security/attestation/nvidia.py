@@ -44,7 +44,7 @@ from security.attestation.nvidia_references import (
     compare,
 )
 from security.attestation.spdm import OpaqueField
-from security.attestation.verdict import Check, Expectations, Verdict, judge
+from security.attestation.verdict import Check, Expectations, FunctionRule, Verdict, judge
 from security.errors import EvidenceMalformed
 
 __all__ = ["KIND", "SET_POLICY_RULES", "SET_RULES", "DeviceSet", "SetRule", "verify_nvidia"]
@@ -92,23 +92,8 @@ class DeviceSet:
         return self.gpus + self.switches
 
 
-@dataclass(frozen=True, slots=True)
-class SetRule:
-    """A rule about the devices together.
-
-    Attributes:
-        name: stable.
-        source: document, section, field.
-        look: returns nothing or raises the named error.
-    """
-
-    name: str
-    source: str
-    look: Callable[[DeviceSet], None]
-
-    def check(self, subject: DeviceSet) -> None:
-        """Raises what `look` raises."""
-        self.look(subject)
+SetRule = FunctionRule[DeviceSet]
+"""A rule about the devices together."""
 
 
 def verify_nvidia(

@@ -31,7 +31,7 @@ from security.attestation.nvidia_certificates import (
     verify_raw_signature,
 )
 from security.attestation.spdm import OpaqueField, Report, read_report
-from security.attestation.verdict import Expectations, NotJudged
+from security.attestation.verdict import Expectations, FunctionRule, NotJudged
 from security.errors import AppraisalError
 
 __all__ = [
@@ -205,23 +205,8 @@ class Subject:
     question: Question
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRule:
-    """A rule about one device.
-
-    Attributes:
-        name: stable.
-        source: document, section, field.
-        look: returns nothing or raises the named error.
-    """
-
-    name: str
-    source: str
-    look: Callable[[Subject], None]
-
-    def check(self, subject: Subject) -> None:
-        """Raises what `look` raises."""
-        self.look(subject)
+DeviceRule = FunctionRule[Subject]
+"""A rule about one device."""
 
 
 def _request(subject: Subject) -> None:

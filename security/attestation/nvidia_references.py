@@ -23,7 +23,7 @@ from security.attestation.nvidia_certificates import unlisted
 from security.attestation.nvidia_device import GPU, STATUS_OFF, Device, Question
 from security.attestation.rim import Heading, ReferenceManifest, read_heading, verify_rim
 from security.attestation.spdm import OpaqueField
-from security.attestation.verdict import NotJudged
+from security.attestation.verdict import FunctionRule, NotJudged
 from security.errors import AppraisalError
 
 __all__ = [
@@ -218,23 +218,8 @@ def _candidate(device: Device, library: Library, name: str, xml: bytes) -> Candi
     return Candidate(name, opened, "", tuple(differing), "" if unknown is None else str(unknown))
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceRule:
-    """A rule about a device and its references.
-
-    Attributes:
-        name: stable.
-        source: document, section, field.
-        look: returns nothing or raises the named error.
-    """
-
-    name: str
-    source: str
-    look: Callable[[Compared], None]
-
-    def check(self, subject: Compared) -> None:
-        """Raises what `look` raises."""
-        self.look(subject)
+ReferenceRule = FunctionRule[Compared]
+"""A rule about a device and its references."""
 
 
 def _reasons(candidates: Sequence[Candidate]) -> str:

@@ -41,7 +41,7 @@ from security.attestation.snp_report import (
     SigningKey,
     TcbVersion,
 )
-from security.attestation.verdict import Expectations
+from security.attestation.verdict import Expectations, FunctionRule
 
 __all__ = [
     "CHAIN_RULES",
@@ -95,27 +95,8 @@ class Appraisal:
         return "" if self.report.chip_id_masked else self.report.chip_id.hex()
 
 
-@dataclass(frozen=True, slots=True)
-class SnpRule:
-    """One check of a report.
-
-    Attributes:
-        name: stable; the docs list it.
-        source: document, section and field that it follows.
-        holds: returns nothing, or raises one named error.
-    """
-
-    name: str
-    source: str
-    holds: Callable[[Appraisal], None]
-
-    def check(self, subject: Appraisal) -> None:
-        """Returns nothing.
-
-        Raises:
-            AppraisalError: the rule does not hold.
-        """
-        self.holds(subject)
+SnpRule = FunctionRule[Appraisal]
+"""One check of a report."""
 
 
 @dataclass(frozen=True, slots=True)

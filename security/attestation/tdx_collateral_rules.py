@@ -66,8 +66,8 @@ def _missing_collateral(subject: TdxSubject) -> None:
 MISSING_COLLATERAL_RULE = TdxRule(
     "tdx.collateral",
     f"{_PCS}, Get TCB Info",
-    (TdxCollateralMissing, FmspcMismatch),
     _missing_collateral,
+    (TdxCollateralMissing, FmspcMismatch),
 )
 """Asked where no document fits the platform; it always fails."""
 
@@ -145,26 +145,26 @@ class _SignedDocument:
             TdxRule(
                 f"tdx.{self.part}.chain",
                 f"{_PCS}, {self.section}, Issuer-Chain header; RFC 5280, 6.1",
-                (TdxCollateralChainInvalid,),
                 self.check_chain,
+                (TdxCollateralChainInvalid,),
             ),
             TdxRule(
                 f"tdx.{self.part}.signer",
                 f"{_PCK}, Root CA CRL",
-                (TdxCollateralSignerRevoked,),
                 self.check_signer,
+                (TdxCollateralSignerRevoked,),
             ),
             TdxRule(
                 f"tdx.{self.part}.signature",
                 f"{_PCS}, {self.section}, signature",
-                (self.invalid,),
                 self.check_signature,
+                (self.invalid,),
             ),
             TdxRule(
                 f"tdx.{self.part}.dates",
                 f"{_PCS}, {self.section}, issueDate and nextUpdate",
-                (self.expired, self.from_future),
                 self.check_dates,
+                (self.expired, self.from_future),
             ),
         )
 
@@ -291,47 +291,47 @@ COLLATERAL_RULES: tuple[TdxRule, ...] = (
     TdxRule(
         "tdx.tcb_info.target",
         f"{_PCS}, Get TCB Info, id, version, fmspc, pceId, tdxtcbcomponents",
-        (TcbInfoMismatch,),
         _tcb_info_target,
+        (TcbInfoMismatch,),
     ),
     *_QE_IDENTITY.rules(),
     TdxRule(
         "tdx.qe_identity",
         f"{_PCS}, Get TD Quoting Enclave Identity, enclaveIdentity",
-        (QeIdentityMismatch,),
         _qe_identity,
+        (QeIdentityMismatch,),
     ),
     TdxRule(
         "tdx.root_ca_crl.signature",
         f"{_PCK}, Root CA CRL; RFC 5280, 6.3.3",
-        (IntelCrlSignatureInvalid,),
         _root_crl_signature,
+        (IntelCrlSignatureInvalid,),
     ),
     TdxRule(
         "tdx.root_ca_crl.dates",
         "RFC 5280, 5.1.2.5, Next Update",
-        (IntelCrlExpired,),
         _root_crl_dates,
+        (IntelCrlExpired,),
     ),
     TdxRule(
         "tdx.pck_crl.signature",
         f"{_PCK}, PCK CRL; RFC 5280, 6.3.3",
-        (IntelCrlSignatureInvalid,),
         _pck_crl_signature,
+        (IntelCrlSignatureInvalid,),
     ),
     TdxRule(
-        "tdx.pck_crl.dates", "RFC 5280, 5.1.2.5, Next Update", (IntelCrlExpired,), _pck_crl_dates
+        "tdx.pck_crl.dates", "RFC 5280, 5.1.2.5, Next Update", _pck_crl_dates, (IntelCrlExpired,)
     ),
-    TdxRule("tdx.pck_revoked", f"{_PCK}, PCK CRL", (PckRevoked,), _pck_revoked),
-    TdxRule("tdx.pck_ca_revoked", f"{_PCK}, Root CA CRL", (PckCaRevoked,), _pck_ca_revoked),
-    TdxRule("tdx.tcb_level", f"{_PCS}, Get TCB Info, tcbLevels", (TcbLevelUnmatched,), _tcb_level),
+    TdxRule("tdx.pck_revoked", f"{_PCK}, PCK CRL", _pck_revoked, (PckRevoked,)),
+    TdxRule("tdx.pck_ca_revoked", f"{_PCK}, Root CA CRL", _pck_ca_revoked, (PckCaRevoked,)),
+    TdxRule("tdx.tcb_level", f"{_PCS}, Get TCB Info, tcbLevels", _tcb_level, (TcbLevelUnmatched,)),
     TdxRule(
         "tdx.tdx_module",
         f"{_PCS}, Get TCB Info, tdxModule and tdxModuleIdentities",
-        (TdxModuleMismatch,),
         _module,
+        (TdxModuleMismatch,),
     ),
-    TdxRule("tdx.tcb_revoked", f"{_PCS}, Get TCB Info, tcbStatus", (TcbRevoked,), _tcb_revoked),
+    TdxRule("tdx.tcb_revoked", f"{_PCS}, Get TCB Info, tcbStatus", _tcb_revoked, (TcbRevoked,)),
 )
 """Asked where a document fits the platform."""
 
@@ -372,6 +372,6 @@ def _second_opinion(subject: TdxSubject) -> None:
 
 
 SECOND_OPINION_RULE = TdxRule(
-    "tdx.dcap_qvl", "dcap-qvl, verify_with_root_ca", (SecondOpinionRefused,), _second_opinion
+    "tdx.dcap_qvl", "dcap-qvl, verify_with_root_ca", _second_opinion, (SecondOpinionRefused,)
 )
 """Asked where no rule on the quote or the collateral failed."""

@@ -55,8 +55,8 @@ EVENT_LOG_RULE = TdxRule(
     "tdx.event_log",
     "TCG PC Client Platform Firmware Profile, crypto agile log; UEFI specification, Intel TDX "
     "extension of the confidential computing protocol",
-    (EventLogMissing, EventLogMalformed, EventLogNotReplayed),
     _event_log,
+    (EventLogMissing, EventLogMalformed, EventLogNotReplayed),
 )
 """Asked of every log, and by a policy that does not open "event_log"."""
 
@@ -67,7 +67,7 @@ def _event_table(subject: TdxSubject) -> None:
 
 
 EVENT_TABLE_RULE = TdxRule(
-    "tdx.event_table", "ACPI specification, CCEL table", (EventLogMalformed,), _event_table
+    "tdx.event_table", "ACPI specification, CCEL table", _event_table, (EventLogMalformed,)
 )
 """Asked of every CCEL table."""
 
@@ -91,8 +91,8 @@ def _freshness(subject: TdxSubject) -> None:
 FRESHNESS_RULE = TdxRule(
     "tdx.freshness",
     f"{_DCAP}, A.3.2, REPORTDATA",
-    (FreshnessUnproven, EvidenceNotBound),
     _freshness,
+    (FreshnessUnproven, EvidenceNotBound),
 )
 """Asked where something is bound, and by a policy that does not open "freshness"."""
 
@@ -144,27 +144,27 @@ POLICY_RULES: tuple[TdxRule, ...] = (
     TdxRule(
         "tdx.sept_ve_disable",
         f"{_MODULE}, ATTRIBUTES.SEPT_VE_DISABLE (bit 28)",
-        (SeptVeNotDisabled,),
         _sept_ve_disable,
+        (SeptVeNotDisabled,),
     ),
     TdxRule(
         "tdx.service_td",
         f"{_DCAP}, A.4, MRSERVICETD",
-        (ServiceTdBound, PinRefused),
         _service_td,
+        (ServiceTdBound, PinRefused),
     ),
-    TdxRule("tdx.revoked", "Policy, revoked", (RevokedIdentity,), _revoked),
+    TdxRule("tdx.revoked", "Policy, revoked", _revoked, (RevokedIdentity,)),
     TdxRule(
         "tdx.mrtd",
         f"{_DCAP}, A.3.2, MRTD",
-        (MeasurementNotPinned, MeasurementRefused),
         _measurement,
+        (MeasurementNotPinned, MeasurementRefused),
     ),
     TdxRule(
         "tdx.tcb_status",
         f"{_PCS}, Get TCB Info, tcbStatus",
-        (PinMissing, PinRefused),
         _tcb_status,
+        (PinMissing, PinRefused),
     ),
 )
 """Asked where there is a policy, before its pins."""
@@ -174,7 +174,7 @@ def _pin_rule(pin: str, field: str, read: Callable[[TdxSubject], str]) -> TdxRul
     def test(subject: TdxSubject) -> None:
         subject.policy.require_pin(pin, read(subject))
 
-    return TdxRule(f"tdx.{pin}", field, (PinMissing, PinRefused), test)
+    return TdxRule(f"tdx.{pin}", field, test, (PinMissing, PinRefused))
 
 
 def _register(name: str) -> Callable[[TdxSubject], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from security.attestation.errors import EventLogMalformed
@@ -11,8 +10,7 @@ from security.attestation.intel_pki import INTEL_SGX_ROOT_CA_SHA256, Certificate
 from security.attestation.tdx_collateral import TdxCollateral
 from security.attestation.tdx_quote import TdQuote
 from security.attestation.tdx_tcb import TcbEvaluation
-from security.attestation.verdict import Expectations
-from security.errors import AppraisalError
+from security.attestation.verdict import Expectations, FunctionRule
 
 __all__ = ["TdxRule", "TdxSubject", "shown_roots"]
 
@@ -66,25 +64,8 @@ class TdxSubject:
         return self.expected
 
 
-@dataclass(frozen=True, slots=True)
-class TdxRule:
-    """One check of a TD quote.
-
-    Attributes:
-        name: stable, "tdx...".
-        source: document, section and field that it follows.
-        errors: what it raises.
-        test: the check.
-    """
-
-    name: str
-    source: str
-    errors: tuple[type[AppraisalError], ...]
-    test: Callable[[TdxSubject], None]
-
-    def check(self, subject: TdxSubject) -> None:
-        """Returns nothing, or raises one of `errors`."""
-        self.test(subject)
+TdxRule = FunctionRule[TdxSubject]
+"""One check of a TD quote."""
 
 
 def shown_roots(fingerprints: tuple[str, ...]) -> str:

@@ -8,10 +8,10 @@ failure. Whoever admits on a verdict calls `Verdict.require`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from placement.policy import Policy, Weakness
 from placement.requirements import Requirements
@@ -24,8 +24,9 @@ from security.attestation.errors import (
 )
 from security.errors import AppraisalError
 
-__all__ = ["Check", "Expectations", "NotJudged", "Rule", "Verdict", "judge"]
+__all__ = ["Check", "Expectations", "FunctionRule", "NotJudged", "Rule", "Verdict", "judge"]
 
+SubjectT = TypeVar("SubjectT")
 SubjectT_contra = TypeVar("SubjectT_contra", contravariant=True)
 
 
@@ -59,6 +60,28 @@ class Rule(Protocol[SubjectT_contra]):
             AppraisalError: the rule does not hold.
             NotJudged: there is nothing to compare.
         """
+
+
+# Without slots: a generic alias that is called notes itself at the instance, or tries to.
+@dataclass(frozen=True)
+class FunctionRule(Generic[SubjectT]):
+    """A rule whose check is a function.
+
+    Attributes:
+        name: stable, such as "snp.policy.debug".
+        source: document, section and field that it follows.
+        look: returns nothing, or raises one named error, or `NotJudged`.
+        errors: what it raises; () where the table of checks reads that from `look`.
+    """
+
+    name: str
+    source: str
+    look: Callable[[SubjectT], None]
+    errors: tuple[type[AppraisalError], ...] = ()
+
+    def check(self, subject: SubjectT) -> None:
+        """Raises what `look` raises."""
+        self.look(subject)
 
 
 @dataclass(frozen=True, slots=True)
