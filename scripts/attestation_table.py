@@ -26,7 +26,7 @@ import security.attestation  # noqa: E402
 from security import errors as shared  # noqa: E402
 from security.attestation import errors as named  # noqa: E402
 from security.attestation.sev_snp import ReportDataRule  # noqa: E402
-from security.attestation.verdict import Rule
+from security.attestation.verdict import Rule  # noqa: E402
 from security.errors import AppraisalError  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "attestation.md"
