@@ -608,7 +608,7 @@ class TooManyInstances(BrokerRefusal):
 
 
 class UnknownMember(BrokerRefusal):
-    """The broker has no member in this role (it has restarted, or the instance was retired)."""
+    """The broker has no member in this role (revoked, or the instance retired or replaced)."""
 
     code = "unknown_member"
 

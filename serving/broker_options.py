@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-AddCommand = Callable[..., argparse.ArgumentParser]
+from serving.attest_options import AddCommand, Commands
 
 
 def add_broker_commands(parser: argparse.ArgumentParser, add: AddCommand) -> None:
@@ -64,7 +61,8 @@ def _add_revoke(commands: Commands, add: AddCommand) -> None:
         Signs a revocation with the owner's key of this home and installs it at a running broker.
         It is durable there and for good. Shards that it names lose their membership and their
         links at once; their instance goes on when other shards have taken their roles.
-        chip: the identity that evidence names, such as an SEV-SNP CHIP_ID, in hex.
+        chip: the CPU that evidence names, such as an SEV-SNP CHIP_ID, in hex. GPUs, and CPUs that
+        mask their identity, are revoked in the policy (requirements, revoked).
         """,
         example="""
         bulkhead broker revoke node node-7 --broker 10.0.0.5:7000

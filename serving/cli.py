@@ -12,10 +12,9 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from placement.plan import WEIGHT_FORMATS
-from serving.attest_options import add_attest
+from serving.attest_options import Commands, add_attest
 from serving.broker_options import add_broker_commands
 from serving.errors import CommandError, UsageError
 from serving.home import HOME_VARIABLE, Home, RunState
@@ -79,11 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
 def _add(
-    commands: _Commands, name: str, command: Command, summary: str, *, about: str, example: str
+    commands: Commands, name: str, command: Command, summary: str, *, about: str, example: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -170,7 +166,7 @@ def _add_endpoint(parser: argparse.ArgumentParser, port: int) -> None:
 # -- serve ---------------------------------------------------------------------------------------
 
 
-def _add_serve(commands: _Commands) -> None:
+def _add_serve(commands: Commands) -> None:
     parser = _add(
         commands,
         "serve",
@@ -214,7 +210,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 # -- deploy --------------------------------------------------------------------------------------
 
 
-def _add_deploy(commands: _Commands) -> None:
+def _add_deploy(commands: Commands) -> None:
     parser = _add(
         commands,
         "deploy",
@@ -316,7 +312,7 @@ def _enrolment(text: str) -> tuple[str, Path]:
 # -- plan ----------------------------------------------------------------------------------------
 
 
-def _add_plan(commands: _Commands) -> None:
+def _add_plan(commands: Commands) -> None:
     parser = _add(
         commands,
         "plan",
@@ -383,7 +379,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 # -- using what runs -----------------------------------------------------------------------------
 
 
-def _add_chat(commands: _Commands) -> None:
+def _add_chat(commands: Commands) -> None:
     parser = _add(
         commands,
         "chat",
@@ -431,7 +427,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0 if answered else 1
 
 
-def _add_status(commands: _Commands) -> None:
+def _add_status(commands: Commands) -> None:
     parser = _add(
         commands,
         "status",
@@ -457,7 +453,7 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0 if status.get("state") == "serving" else 1
 
 
-def _add_logs(commands: _Commands) -> None:
+def _add_logs(commands: Commands) -> None:
     parser = _add(
         commands,
         "logs",
@@ -497,7 +493,7 @@ def _logs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_connect(commands: _Commands) -> None:
+def _add_connect(commands: Commands) -> None:
     parser = _add(
         commands,
         "connect",
@@ -539,7 +535,7 @@ def _connect(arguments: argparse.Namespace) -> int:
 # -- owner's side --------------------------------------------------------------------------------
 
 
-def _add_broker(commands: _Commands) -> None:
+def _add_broker(commands: Commands) -> None:
     parser = _add(
         commands,
         "broker",
@@ -617,7 +613,7 @@ def _broker(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_manifest(commands: _Commands) -> None:
+def _add_manifest(commands: Commands) -> None:
     parser = _add(
         commands,
         "manifest",
@@ -650,7 +646,7 @@ def _manifest(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_version(commands: _Commands) -> None:
+def _add_version(commands: Commands) -> None:
     _add(
         commands,
         "version",
@@ -701,7 +697,10 @@ def _splits(text: str) -> tuple[int, ...]:
 
 def _url(text: str) -> str:
     if not re.fullmatch(r"https?://[!-~]{1,2000}", text):
-        raise argparse.ArgumentTypeError(f"expected http:// or https://, found {text[:80]!r}")
+        raise argparse.ArgumentTypeError("expected http:// or https://")
+    # It is named in the log, for good.
+    if "@" in text or "?" in text or "#" in text:
+        raise argparse.ArgumentTypeError("expected a URL without user, password or query")
     return text
 
 

@@ -15,7 +15,7 @@ from runtime.engine.openai import OpenAIService
 from runtime.engine.scheduler import EngineLimits
 from runtime.engine.tokenizer import load_tokenizer
 from runtime.shard.pipeline import HeadRunner
-from runtime.stage.families import parse_config, rotary_border
+from runtime.stage.border import RotaryBorder
 from security.envelope import EnvelopeServer
 from security.manifest import ModelFiles
 
@@ -53,6 +53,7 @@ class Head:
         files: the verified model; tokenizer, chat template and defaults are read through it.
         instance: pipeline instance, which sealed requests are bound to.
         private_key: the shard's key, which requests are sealed to.
+        rotary_border: where the model changes its rotations; None where it never does.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Head:
         files: ModelFiles,
         instance: str,
         private_key: X25519PrivateKey,
+        rotary_border: RotaryBorder | None = None,
     ) -> None:
         self.runner = HeadRunner(template)
         self._tokenizer = load_tokenizer(files)
@@ -71,7 +73,7 @@ class Head:
             block_size=template.block_size,
             cache_blocks=template.cache_blocks,
             vocabulary=template.vocabulary,
-            rotary_border=rotary_border(*parse_config(files.read_file(CONFIG))),
+            rotary_border=rotary_border,
         )
         self._engine = Engine(
             limits, self.runner, self._tokenizer, template.step_deadline_ms / 1000

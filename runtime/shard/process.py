@@ -30,6 +30,7 @@ from runtime.shard import control_pb2, control_pb2_grpc
 from runtime.shard.head import MAX_SEALED_BYTES, Head
 from runtime.shard.launch import ShardSpec
 from runtime.shard.shard import Shard, ShardState
+from runtime.stage.border import RotaryBorder
 from security.errors import SecurityError
 from security.manifest import ModelFiles
 
@@ -193,8 +194,9 @@ class ShardServer(control_pb2_grpc.ShardControlServicer, control_pb2_grpc.Ingres
         files: ModelFiles,
         instance: str,
         private_key: X25519PrivateKey,
+        rotary_border: RotaryBorder | None,
     ) -> Head:
-        self._head = Head(template, files, instance, private_key)
+        self._head = Head(template, files, instance, private_key, rotary_border)
         return self._head
 
     async def Exchange(

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from placement.plan import PlanTemplate, RoleTemplate
 from runtime.shard.launch import ShardSpec
 from runtime.shard.pipeline import Epoch, HeadRunner
+from runtime.stage.border import RotaryBorder
 from runtime.stage.errors import RankFailed
 from runtime.stage.settings import StageSettings
 from runtime.stage.stage import StageRunner
@@ -35,6 +36,8 @@ from security.sealing.keys import UnsealKeys
 from security.sealing.reader import open_model
 
 log = logging.getLogger("bulkhead.shard")
+
+_REVOKED = "the broker ended it: a member was revoked"
 
 # How often a shard without a healthy epoch asks the broker for a new one.
 RENEW_INTERVAL_S = 3.0
@@ -110,7 +113,9 @@ class Shard:
         *,
         on_change: Callable[[], None],
         ingress_address: Callable[[], str],
-        make_head: Callable[[PlanTemplate, ModelFiles, str, X25519PrivateKey], HeadService],
+        make_head: Callable[
+            [PlanTemplate, ModelFiles, str, X25519PrivateKey, RotaryBorder | None], HeadService
+        ],
     ) -> None:
         self._spec = spec
         self._on_change = on_change
@@ -125,6 +130,7 @@ class Shard:
         # Held while the current epoch and what the status says of it change together.
         self._epoch_lock = threading.Lock()
         self._epoch: Epoch | None = None
+        self._ended_epoch = b""
         self._wake = threading.Event()
         self._fatal: Exception | None = None
 
@@ -223,7 +229,9 @@ class Shard:
                 files, stage_settings(template, role, spec.threads), progress=self._progress
             )
             if role.stage == 0:
-                self._head = self._make_head(template, files, spec.instance, key)
+                self._head = self._make_head(
+                    template, files, spec.instance, key, self._stage.rotary_border
+                )
             self._set(
                 ShardState.WAITING,
                 f"loaded; cache of {self._stage.cache_blocks} of {template.cache_blocks} planned "
@@ -270,16 +278,21 @@ class Shard:
                     f"epoch {roster.epoch.hex()[:8]}: connecting to the neighbours",
                     epoch=roster.epoch.hex(),
                 )
-            epoch.open()
+                ended = roster.epoch == self._ended_epoch
+            if ended:
+                # The broker ended it while the epoch before it was being closed.
+                epoch.fail(_REVOKED)
+            else:
+                epoch.open()
         if self._fatal is not None:
             raise self._fatal
 
     def _ended(self, ended: bytes) -> None:
         """Closes the links of an epoch at once: one of its members was revoked."""
         with self._epoch_lock:
-            epoch = self._epoch
+            epoch, self._ended_epoch = self._epoch, ended
         if epoch is not None and epoch.roster.epoch == ended:
-            epoch.fail("the broker ended it: a member was revoked")
+            epoch.fail(_REVOKED)
 
     def _opened(self, epoch: Epoch) -> None:
         with self._epoch_lock:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from placement.document import MAX_INTEGER, DocumentError, Fields, decode, encode
+from placement.document import MAX_INTEGER, DocumentError, Encodable, Fields, decode, encode
 from security.errors import (
     AuditEntryEdited,
     AuditEntryMissing,
@@ -118,23 +118,17 @@ class Head:
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """One line of canonical JSON with the broker's signature, without a line feed."""
-        document = sign("audit-head", self._payload(public_bytes(key)), key)
-        return encode(
-            {
-                **decode(document.payload, MAX_HEAD_BYTES),
-                "signature": document.signature.hex(),
-            }
-        )
+        payload = self._payload(public_bytes(key))
+        document = sign("audit-head", encode(payload), key)
+        return encode({**payload, "signature": document.signature.hex()})
 
-    def _payload(self, broker: bytes) -> bytes:
-        return encode(
-            {
-                "format": _HEAD_FORMAT,
-                "broker": broker.hex(),
-                "sequence": self.sequence,
-                "digest": self.digest,
-            }
-        )
+    def _payload(self, broker: bytes) -> dict[str, Encodable]:
+        return {
+            "format": _HEAD_FORMAT,
+            "broker": broker.hex(),
+            "sequence": self.sequence,
+            "digest": self.digest,
+        }
 
     @classmethod
     def open(cls, line: bytes, broker_public: bytes) -> Head:
@@ -153,7 +147,7 @@ class Head:
             reader.finish()
         except DocumentError as error:
             raise MalformedInput(str(error)) from None
-        document = SignedDocument("audit-head", head._payload(broker), signature, broker)
+        document = SignedDocument("audit-head", encode(head._payload(broker)), signature, broker)
         try:
             open_signed("audit-head", document, broker_public)
         except SignatureInvalid:
@@ -169,7 +163,7 @@ class Head:
 def read_entries(home: Path) -> Iterator[Entry]:
     """The entries in a broker's home, oldest first, unchecked; also while the broker runs."""
     with closing(open_for_reading(home)) as database:
-        for (body,) in database.execute("SELECT body FROM audit ORDER BY sequence"):
+        for _, body in database.execute(_ENTRIES):
             yield Entry.from_bytes(body)
 
 

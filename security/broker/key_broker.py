@@ -2,9 +2,9 @@
 
 Rules, in the order in which an admission meets them: something is installed and not expired; the
 nonce is ours, fresh, unused and for this role and instance; what the evidence is bound to is what
-this broker expects, field by field; the evidence is genuine; what it proves is enough; there is
-room for the instance. Each has an error of its own in `security.errors`, and every refusal is
-written to the audit log.
+this broker expects, field by field; the evidence is genuine; nothing of it is revoked; what it
+proves is enough; there is room for the instance. Each has an error of its own in `security.errors`,
+and every refusal is written to the audit log.
 
 Epochs: whenever membership changed or a member says that the current epoch is broken, the instance
 needs a new epoch; it is issued once every role is admitted and watching.
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from placement.plan import NAME, REGION, RoleTemplate
 from placement.verify import (
@@ -101,6 +102,7 @@ MAX_NOTES = 16
 MAX_NOTE_LENGTH = 512
 MAX_REPORT_LENGTH = 500
 _BOOT_BYTES = 8
+_NEW_PLAN = "the owner installed a new plan"
 INSTANCE_IDLE_S = 3600.0
 """How long an instance without any watcher keeps its place when another one needs it."""
 
@@ -152,6 +154,18 @@ class _Instance:
     newest_edition: bytes = b""
 
 
+class News(NamedTuple):
+    """What a member has to hear, in this order.
+
+    Attributes:
+        ended: an epoch whose links must be closed at once; empty for none.
+        roster: the newest signed roster; None for none.
+    """
+
+    ended: bytes
+    roster: bytes | None
+
+
 class WatchClosed(Exception):
     """A watch stream has ended without the broker having a reason to end it."""
 
@@ -167,8 +181,10 @@ class Watcher:
         self._reason: BrokerRefusal | None = None
         self.on_close: Callable[[], None] | None = None
 
-    def next(self, timeout: float) -> bytes | None:
-        """Waits for the next signed roster; None if none came in `timeout` seconds.
+    def next(self, timeout: float) -> News:
+        """Waits for news; neither of both if nothing came in `timeout` seconds.
+
+        Both at once, so that no roster of an ended epoch can follow the word of its end.
 
         Raises:
             BrokerRefusal: the stream was ended by the broker, for this reason.
@@ -180,8 +196,9 @@ class Watcher:
             )
             if self._closed:
                 raise self._reason or WatchClosed
-            roster, self._roster = self._roster, None
-            return roster
+            news = News(self._ended, self._roster)
+            self._ended, self._roster = b"", None
+            return news
 
     def put(self, roster: bytes) -> None:
         """Hands over a roster, replacing one that was not taken."""
@@ -195,12 +212,6 @@ class Watcher:
             self._roster = None
             self._ended = epoch
             self._changed.notify_all()
-
-    def take_ended(self) -> bytes:
-        """An epoch that was ended and that was not taken yet; empty for none."""
-        with self._changed:
-            ended, self._ended = self._ended, b""
-            return ended
 
     def close(self, reason: BrokerRefusal | None = None) -> None:
         """Ends the stream; safe to call more than once and from any thread."""
@@ -329,8 +340,8 @@ class KeyBroker:
                     )
                 with self._store.transaction():
                     self._store.save_generation(self._owner_public, template.generation)
-                    for name in list(self._instances):
-                        self._drop(name, "the owner installed a new plan")
+                    for name in self._instances:
+                        self._audit("dropped", instance=name, reason=_NEW_PLAN)
                     self._store.save(installation)
                     self._audit(
                         "installed",
@@ -342,6 +353,9 @@ class KeyBroker:
                         policy=documents.policy_digest,
                         manifest=documents.manifest_digest,
                     )
+                # Only now: what could not be made durable must not be forgotten here either.
+                for name in list(self._instances):
+                    self._forget(name, _NEW_PLAN)
                 self._installation = installation
                 self._documents = documents
                 self._enrolments = enrolments
@@ -839,7 +853,7 @@ class KeyBroker:
         """The newest edition of the current roster, and the documents to verify it with.
 
         Raises:
-            MalformedInput, NothingInstalled, NoRoster, StateUnwritable
+            MalformedInput, NothingInstalled, NoRoster
         """
         with self._lock:
             _check_name("instance", instance)
@@ -857,9 +871,14 @@ class KeyBroker:
                 renewed = replace(
                     found.roster, serial=self._next_serial(), issued_at=now, expires_at=latest
                 )
-                self._record("renewed", renewed)
-                found.roster = renewed
-                found.newest_edition = self._signed(renewed)
+                try:
+                    self._record("renewed", renewed)
+                except StateUnwritable as error:
+                    # The one before it is still good; the next call tries again.
+                    log.error("roster: %s", error)
+                else:
+                    found.roster = renewed
+                    found.newest_edition = self._signed(renewed)
             return found.newest_edition, installation
 
     def retire(self, instance: str, peer: str) -> None:
@@ -873,6 +892,9 @@ class KeyBroker:
         with self._store.transaction():
             self._store.delete_instance(name)
             self._audit("dropped", instance=name, reason=reason)
+        self._forget(name, reason)
+
+    def _forget(self, name: str, reason: str) -> None:
         instance = self._instances.pop(name)
         for role, watcher in list(instance.watchers.items()):
             watcher.close(UnknownMember(f"{name} {role}: {reason}; be admitted again"))

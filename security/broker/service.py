@@ -312,8 +312,7 @@ class _Servicer(broker_pb2_grpc.KeyBrokerServicer):
         try:
             yield broker_pb2.WatchReply()
             while not self.stopping.is_set():
-                roster = watcher.next(_TICK_S)
-                ended = watcher.take_ended()
+                ended, roster = watcher.next(_TICK_S)
                 if ended:
                     yield broker_pb2.WatchReply(ended_epoch=ended)
                 if roster is not None:

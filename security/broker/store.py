@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
@@ -154,7 +155,7 @@ class BrokerStore:
         return key
 
     def broker_key(self) -> Ed25519PrivateKey:
-        """The broker's signing key, made on first use; its public half is in broker.pub."""
+        """The broker's signing key; its public half is in broker.pub."""
         return self._key
 
     def _open(self) -> sqlite3.Connection:
@@ -256,7 +257,7 @@ class BrokerStore:
             )
         return head
 
-    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[bytes, ...]]:
+    def _rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
             if self._database is None:
                 return []
@@ -266,9 +267,8 @@ class BrokerStore:
                 raise damaged(self._home / "broker.db", error) from None
 
     def _number(self, query: str) -> int:
-        with self._lock:
-            assert self._database is not None
-            return int(self._database.execute(query).fetchone()[0])
+        ((value,),) = self._rows(query)
+        return int(value)
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -291,8 +291,9 @@ class BrokerStore:
                 self._depth = 1
                 try:
                     yield
-                    signed = self.head.signed(self._key)
+                    signed = b""
                     if self.head != before:
+                        signed = self.head.signed(self._key)
                         database.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (signed,))
                     database.execute("COMMIT")
                 except BaseException:
@@ -338,11 +339,6 @@ class BrokerStore:
         entry, head = self.head.then(int(now * 1000), event, fields)
         self._write("INSERT INTO audit VALUES (?, ?)", (entry.sequence, entry.to_bytes()))
         self.head = head
-
-    def signed_head(self) -> bytes:
-        """The newest head, signed."""
-        with self._lock:
-            return self.head.signed(self._key)
 
     # -- what the owner installs ---------------------------------------------------------------
 
@@ -408,10 +404,7 @@ class BrokerStore:
         Raises:
             StateDamaged: a row is not what `save_member` wrote.
         """
-        with self._lock:
-            if self._database is None:
-                return []
-            rows = self._database.execute("SELECT instance, salt, entry FROM members").fetchall()
+        rows = self._rows("SELECT instance, salt, entry FROM members")
         try:
             return [(name, salt, RosterEntry.from_bytes(entry)) for name, salt, entry in rows]
         except MalformedInput as error:

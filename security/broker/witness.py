@@ -6,6 +6,7 @@ its own and takes the newest head only, so a slow one loses intermediate heads a
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import threading
@@ -22,7 +23,9 @@ LONGEST_RETRY_S = 30.0
 CLOSE_TIMEOUT_S = 2.0
 
 Send = Callable[[bytes], None]
-"""Hands one signed head to a witness; raises OSError or ValueError."""
+"""Hands one signed head to a witness; raises one of `_FAILURES`."""
+# URLError and HTTPError are OSErrors; what is no HTTP is none.
+_FAILURES = (OSError, ValueError, http.client.HTTPException)
 
 
 def to_file(path: Path) -> Send:
@@ -110,8 +113,7 @@ class Witness:
                 return
             try:
                 self._send(head)
-            except (OSError, ValueError) as error:
-                # URLError and HTTPError are OSErrors.
+            except _FAILURES as error:
                 log.error("witness %s: %s", self.name, error)
                 self._turn(str(error) or type(error).__name__)
                 with self._changed:

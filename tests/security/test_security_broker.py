@@ -162,7 +162,7 @@ def test_members_survive_a_restart(lab: Lab) -> None:
     lab.broker = lab.start()
     first = lab.watch(head)
     lab.watch(tail)
-    keys = [entry.shard_key for entry in lab.opened(first.next(0)).entries]
+    keys = [entry.shard_key for entry in lab.opened(first.next(0).roster).entries]
     assert keys == [shard.key.public_key().public_bytes_raw() for shard in (head, tail)]
 
 
@@ -580,12 +580,12 @@ def test_a_struck_off_node_cannot_come_back_with_an_older_list(tmp_path: Path) -
 def test_epoch_when_all_are_admitted_and_watch(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1", node="node-b")
     first = lab.watch(head)
-    assert first.next(0) is None
+    assert first.next(0).roster is None
     with pytest.raises(errors.NoRoster):
         lab.broker.roster("pipeline-0")
     second = lab.watch(tail)
-    roster = lab.opened(first.next(0))
-    assert lab.opened(second.next(0)) == roster
+    roster = lab.opened(first.next(0).roster)
+    assert lab.opened(second.next(0).roster) == roster
     assert [entry.role for entry in roster.entries] == ["stage-0", "stage-1"]
     assert roster.entry("stage-1").shard_key == tail.key.public_key().public_bytes_raw()
     assert roster.entry("stage-1").claims.node == "node-b"
@@ -596,22 +596,22 @@ def test_epoch_when_all_are_admitted_and_watch(lab: Lab) -> None:
         lab.manifest.digest,
     )
     assert "simulated_tee" in roster.weaknesses
-    assert first.next(0) is None
+    assert first.next(0).roster is None
 
 
 def test_replaced_member_gives_a_new_epoch_once_all_watch(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     first, old = lab.watch(head), lab.watch(tail)
-    before = lab.opened(first.next(0))
+    before = lab.opened(first.next(0).roster)
     replacement = lab.admit("stage-1")
     with pytest.raises(errors.NotTheMember):
         old.next(0)
     with pytest.raises(errors.NotTheMember):
         lab.watch(tail)
-    assert first.next(0) is None
+    assert first.next(0).roster is None
     second = lab.watch(replacement)
-    after = lab.opened(first.next(0))
-    assert lab.opened(second.next(0)) == after
+    after = lab.opened(first.next(0).roster)
+    assert lab.opened(second.next(0).roster) == after
     assert after.epoch != before.epoch and after.serial > before.serial
     key = replacement.key.public_key().public_bytes_raw()
     assert after.entry("stage-1").shard_key == key
@@ -620,23 +620,23 @@ def test_replaced_member_gives_a_new_epoch_once_all_watch(lab: Lab) -> None:
 def test_absent_member_holds_up_the_epoch_but_need_not_attest_again(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     first, second = lab.watch(head), lab.watch(tail)
-    epoch = lab.opened(first.next(0)).epoch
+    epoch = lab.opened(first.next(0).roster).epoch
     second.close()
     lab.broker.renew_epoch("pipeline-0", "stage-0", epoch, head.mac("renew", epoch), "test")
-    assert first.next(0) is None
+    assert first.next(0).roster is None
     again = lab.watch(tail, epoch)
-    assert lab.opened(again.next(0)).epoch == lab.opened(first.next(0)).epoch != epoch
+    assert lab.opened(again.next(0).roster).epoch == lab.opened(first.next(0).roster).epoch != epoch
 
 
 def test_returning_member_with_the_current_epoch_is_told_nothing(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     lab.watch(head)
     second = lab.watch(tail)
-    document = second.next(0)
+    document = second.next(0).roster
     epoch = lab.opened(document).epoch
     second.close()
-    assert lab.watch(tail, epoch).next(0) is None
-    assert lab.watch(tail).next(0) == document
+    assert lab.watch(tail, epoch).next(0).roster is None
+    assert lab.watch(tail).next(0).roster == document
 
 
 def test_newer_stream_of_a_member_replaces_the_older(lab: Lab) -> None:
@@ -646,20 +646,20 @@ def test_newer_stream_of_a_member_replaces_the_older(lab: Lab) -> None:
     with pytest.raises(WatchClosed):
         old.next(0)
     lab.watch(tail)
-    assert new.next(0) is not None
+    assert new.next(0).roster is not None
 
 
 def test_renewal_is_idempotent(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     first, second = lab.watch(head), lab.watch(tail)
-    epoch = lab.opened(first.next(0)).epoch
+    epoch = lab.opened(first.next(0).roster).epoch
     second.next(0)
     for shard in (head, tail, head):
         lab.broker.renew_epoch("pipeline-0", shard.role, epoch, shard.mac("renew", epoch), "test")
-    renewed = lab.opened(first.next(0))
+    renewed = lab.opened(first.next(0).roster)
     assert renewed.epoch != epoch
-    assert first.next(0) is None
-    assert lab.opened(second.next(0)) == renewed
+    assert first.next(0).roster is None
+    assert lab.opened(second.next(0).roster) == renewed
 
 
 def test_calls_without_the_member_secret(lab: Lab) -> None:
@@ -706,16 +706,16 @@ def test_new_edition_at_half_life_keeps_the_epoch(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     first = lab.watch(head)
     lab.watch(tail)
-    original = first.next(0)
+    original = first.next(0).roster
     roster = lab.opened(original)
     assert lab.broker.roster("pipeline-0")[0] == original
     lab.clock.now += LIFETIME_S // 2 + 1
     edition = lab.opened(lab.broker.roster("pipeline-0")[0])
     assert edition.epoch == roster.epoch
     assert edition.expires_at > roster.expires_at and edition.serial > roster.serial
-    assert first.next(0) is None
+    assert first.next(0).roster is None
     # Links are bound to the digest of the edition that the epoch began with.
-    assert lab.watch(tail).next(0) == original
+    assert lab.watch(tail).next(0).roster == original
 
 
 def test_serial_grows_across_a_restart(lab: Lab) -> None:
@@ -723,7 +723,7 @@ def test_serial_grows_across_a_restart(lab: Lab) -> None:
         head, tail = lab.admit("stage-0"), lab.admit("stage-1")
         first = lab.watch(head)
         lab.watch(tail)
-        return lab.opened(first.next(0)).serial
+        return lab.opened(first.next(0).roster).serial
 
     before = serial()
     lab.clock.now += 1
@@ -750,12 +750,12 @@ def test_no_roster_outlives_the_template(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1")
     watcher = lab.watch(head)
     lab.watch(tail)
-    epoch = lab.opened(watcher.next(0)).epoch
+    epoch = lab.opened(watcher.next(0).roster).epoch
     lab.clock.now = expiry - 3600
     assert lab.opened(lab.broker.roster("pipeline-0")[0]).expires_at == expiry
     lab.clock.now = expiry
     lab.broker.renew_epoch("pipeline-0", "stage-0", epoch, head.mac("renew", epoch), "test")
-    assert watcher.next(0) is None
+    assert watcher.next(0).roster is None
     assert lab.audit()[-1]["code"] == "template_expired"
 
 

@@ -12,6 +12,7 @@ from security_samples import Lab
 from placement.plan import Trust
 from placement.verify import Claims, RegionSource
 from security import errors
+from security.broker.key_broker import Watcher
 from security.broker.revocation import Revocations, Revoked
 from security.signing import sign
 
@@ -86,25 +87,35 @@ def test_revoked_instance(lab: Lab) -> None:
 def test_epoch_of_a_revoked_member_ends_for_all(lab: Lab) -> None:
     head, tail = lab.admit("stage-0"), lab.admit("stage-1", node="node-b")
     first, second = lab.watch(head), lab.watch(tail)
-    epoch = lab.opened(first.next(0)).epoch
+    epoch = lab.opened(first.next(0).roster).epoch
     revoke(lab, Revoked.NODE, "node-b")
     with pytest.raises(errors.NodeRevoked):
         second.next(0)
-    assert first.next(0) is None
-    assert first.take_ended() == epoch and first.take_ended() == b""
+    assert first.next(0) == (epoch, None)
+    assert first.next(0) == (b"", None)
     with pytest.raises(errors.UnknownMember):
         lab.watch(tail, epoch)
     with pytest.raises(errors.NoRoster):
         lab.broker.roster("pipeline-0")
     assert lab.audit()[-1]["code"] == "unknown_member"
     # One that was away is told when it comes back, also by a restarted broker.
-    assert lab.watch(head, epoch).take_ended() == epoch
+    assert lab.watch(head, epoch).next(0).ended == epoch
     lab.broker = lab.start()
     first = lab.watch(head, epoch)
-    assert first.take_ended() == epoch
+    assert first.next(0).ended == epoch
     lab.watch(lab.admit("stage-1", node="node-c"))
-    after = lab.opened(first.next(0))
+    after = lab.opened(first.next(0).roster)
     assert after.epoch != epoch and after.entry("stage-1").claims.node == "node-c"
+
+
+def test_a_roster_that_was_not_taken_goes_with_its_epoch() -> None:
+    watcher = Watcher()
+    watcher.put(b"a roster")
+    watcher.end(b"its epoch")
+    assert watcher.next(0) == (b"its epoch", None)
+    watcher.end(b"its epoch")
+    watcher.put(b"the next roster")
+    assert watcher.next(0) == (b"its epoch", b"the next roster")
 
 
 def test_other_instances_are_untouched(lab: Lab) -> None:
@@ -114,10 +125,10 @@ def test_other_instances_are_untouched(lab: Lab) -> None:
         for instance, node in (("pipeline-0", "node-a"), ("pipeline-1", "node-b"))
         for role in ("stage-0", "stage-1")
     ]
-    rosters = [lab.opened(watcher.next(0)) for watcher in watchers]
+    rosters = [lab.opened(watcher.next(0).roster) for watcher in watchers]
     revoke(lab, Revoked.NODE, "node-a")
     for watcher in watchers[2:]:
-        assert watcher.next(0) is None and watcher.take_ended() == b""
+        assert watcher.next(0) == (b"", None)
     assert lab.opened(lab.broker.roster("pipeline-1")[0]) == rosters[2]
 
 
