@@ -62,7 +62,7 @@ class Head:
         files: ModelFiles,
         instance: str,
         private_key: X25519PrivateKey,
-        rotary_border: RotaryBorder | None = None,
+        rotary_border: RotaryBorder | None,
     ) -> None:
         self.runner = HeadRunner(template)
         self._tokenizer = load_tokenizer(files)

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from placement.plan import DataClass, PlanTemplate, RoleTemplate, Trust
 from runtime.shard.head import Head, Tenants
+from runtime.shard.shard import stage_settings
 from runtime.stage.border import RotaryBorder
+from runtime.stage.stage import StageRunner
 from security.envelope import EnvelopeClient, Request
 from security.manifest import ModelFiles, build_manifest
 
@@ -59,7 +61,7 @@ def test_the_credential_alone_makes_the_tenant(checkpoint: Callable[[str], Path]
     manifest = build_manifest(model)
     files = ModelFiles(model, manifest)
     key = X25519PrivateKey.generate()
-    head = Head(one_stage(manifest.digest), files, "pipeline-0", key)
+    head = Head(one_stage(manifest.digest), files, "pipeline-0", key, None)
     client = EnvelopeClient(key.public_key().public_bytes_raw(), "pipeline-0")
     body: dict[str, object] = {"model": "tiny", "prompt": [1, 2], "max_tokens": 4, "stream": True}
     disguised = {"user": "other", "prompt_cache_key": "other", "safety_identifier": "other"}
@@ -120,7 +122,10 @@ def test_the_schedule_knows_the_models_longrope_border(
     manifest = build_manifest(tmp_path)
     files = ModelFiles(tmp_path, manifest)
     template = one_stage(manifest.digest)
-    head = Head(template, files, "pipeline-0", X25519PrivateKey.generate())
+    # As a shard does: the stage has parsed the model's configuration.
+    stage = StageRunner(files, stage_settings(template, template.roles[0], threads=1))
+    key = X25519PrivateKey.generate()
+    head = Head(template, files, "pipeline-0", key, stage.rotary_border)
     head.close()
     files.close()
     assert head._engine.limits.rotary_border == RotaryBorder(40, recomputes)

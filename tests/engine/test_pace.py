@@ -103,7 +103,7 @@ def test_a_burst_that_comes_in_while_its_first_has_a_token_is_still_a_burst():
         timed.submit(ask(f"{number:02}" + "x" * 126, 64))
     timed.finish()
     firsts = sorted(times[0] - begun for times in timed.times)
-    assert firsts[-1] <= 1.5 * 31 * 128 * runner.row_s
+    assert firsts[-1] <= 1.1 * 31 * 128 * runner.row_s
 
 
 def test_without_streams_the_whole_budget_is_used_and_chunks_follow_without_waiting():

@@ -9,7 +9,7 @@ from placement_samples import node, plan
 
 from placement.explain import weakness_warnings
 from placement.plan import PlanTemplate
-from placement.policy import parse_policy
+from placement.policy import Policy, parse_policy
 from placement.verify import PlanRejected, verify_template
 
 POLICY_TEXT = f"""
@@ -36,6 +36,17 @@ def test_the_planner_names_it_and_the_verifier_agrees() -> None:
     assert template().weaknesses == ("unhardened", *OPEN)
     verify_template(template(), POLICY, POLICY.digest)
     assert PlanTemplate.from_bytes(template().to_bytes()) == template()
+
+
+def test_regions_are_named_as_declared() -> None:
+    document = {**POLICY.to_document(), "regions": ["eu-west-1"]}
+    regional = Policy.from_document(document)
+    assert regional.left_open(())[0] == "declared.regions"
+    made = plan([node("a", tee="sev-snp", gpus=1)], regional).template
+    assert "declared.regions" in made.weaknesses
+    quiet = tuple(name for name in made.weaknesses if name != "declared.regions")
+    with pytest.raises(PlanRejected, match=r"declared\.regions accepted by the policy and named"):
+        verify_template(replace(made, weaknesses=quiet), regional, regional.digest)
 
 
 @pytest.mark.parametrize("name", OPEN)

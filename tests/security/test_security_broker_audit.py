@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import sqlite3
 import threading
 import time
@@ -17,7 +18,8 @@ from security_samples import Lab
 from security import errors
 from security.broker.audit import Head, read_entries, read_witness, verify_home
 from security.broker.service import start_broker
-from security.broker.witness import to_file
+from security.broker.store import BrokerStore
+from security.broker.witness import Witness, to_file, to_http
 from security.signing import public_bytes
 from serving.cli import run
 
@@ -101,6 +103,14 @@ def test_changed_log(
     lab.path.chmod(0o700)
     assert run(["broker", "audit", "--verify", "--home", str(lab.path)]) == 1
     assert error.code in capsys.readouterr().err
+
+
+def test_a_broker_does_not_start_on_a_log_with_another_end(lab: Lab) -> None:
+    last = "(SELECT max(sequence) FROM audit)"
+    lab.broker.close()
+    change(lab, f"UPDATE audit SET body = x'7b7d' WHERE sequence = {last}")
+    with pytest.raises(errors.AuditEntryEdited):
+        BrokerStore(lab.home)
 
 
 def test_whole_chain_made_anew_needs_the_key(lab: Lab, public: bytes) -> None:
@@ -196,6 +206,32 @@ def test_http_witness(lab: Lab, public: bytes) -> None:
     failures = [e for e in read_entries(lab.home) if e.event == "witness_failed"]
     assert len(failures) == 1 and "500" in failures[0].fields["reason"]
     assert Head.open(heads[-1], public).sequence >= 5
+
+
+def test_a_witness_that_speaks_no_http_is_a_witness_that_fails() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reasons: list[str] = []
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        witness = Witness("test", to_http(url), reasons.append)
+        witness.publish(b"a head")
+        for _ in range(2):
+            # Tried again: its thread lives.
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"garbage\r\n\r\n")
+        wait_until(lambda: bool(reasons))
+        witness.close()
+    assert len(reasons) == 1
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host/", "https://host/?token=secret"])
+def test_no_credential_in_the_name_of_a_witness(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(["broker", "--witness-url", url])
+    assert "secret" not in capsys.readouterr().err
 
 
 def test_commands(tmp_path: Path, lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

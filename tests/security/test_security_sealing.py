@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from security import errors
 from security.manifest import ModelFiles, build_manifest
-from security.sealing.cipher import CHUNK_BYTES, TAG_BYTES
-from security.sealing.document import SEALING_FILE, Sealing, parse_selection, stage_units
+from security.sealing.cipher import CHUNK_BYTES, TAG_BYTES, TensorCipher
+from security.sealing.document import (
+    SEALING_FILE,
+    SealedTensor,
+    Sealing,
+    parse_selection,
+    stage_units,
+)
 from security.sealing.keys import SEALED_KEYS_FILE, UnsealKeys, WrappedKeys, wrap_keys
 from security.sealing.reader import SealedModelFiles, keys_of, open_model
 from security.sealing.writer import read_wrapped_keys, seal_checkpoint, unseal_checkpoint
+from security.signing import length_prefixed
 
 OWNER = X25519PrivateKey.generate()
 BROKER = X25519PrivateKey.generate()
@@ -116,6 +128,29 @@ def change_sealing(directory: Path, change: Callable[[dict[str, object]], None])
 
 def entry(document: dict[str, object], name: str) -> dict[str, object]:
     return next(t for t in document["tensors"] if t["name"] == name)  # type: ignore[attr-defined]
+
+
+def test_chunks_are_sealed_as_the_format_says() -> None:
+    """A second implementation, by the words of docs/sealing.md and the module."""
+    tensor = SealedTensor("a.weight", "layer-0", "U8", (2 * CHUNK_BYTES + 5,))
+    unit_key, sealing_id = bytes(range(32)), bytes(range(16))
+    cipher = TensorCipher(unit_key, sealing_id, tensor)
+    context = length_prefixed(
+        [
+            b"bulkhead/v1/sealed-tensor",
+            sealing_id,
+            b"layer-0",
+            b"a.weight",
+            b"U8",
+            struct.pack(">Q", 2 * CHUNK_BYTES + 5),
+        ]
+    )
+    key = HKDF(hashes.SHA256(), 32, salt=None, info=context).derive(unit_key)
+    for index, size, last in ((0, CHUNK_BYTES, 0), (1, CHUNK_BYTES, 0), (2, 5, 1)):
+        nonce = bytes(7) + index.to_bytes(4, "big") + bytes([last])
+        associated = hashlib.sha256(context).digest() + struct.pack(">QQ", index, 3)
+        sealed = AESGCM(key).encrypt(nonce, bytes(size), associated)
+        assert cipher.seal(index, bytes(size)) == sealed
 
 
 def test_every_tensor_opens_and_the_others_are_as_they_were(plain: Path, sealed: Path) -> None:
