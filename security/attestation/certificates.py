@@ -54,7 +54,6 @@ BASIC_CONSTRAINTS = "2.5.29.19"
 KEY_USAGE = "2.5.29.15"
 COMMON_NAME = "2.5.4.3"
 
-DIGITAL_SIGNATURE = 0
 KEY_CERT_SIGN = 5
 CRL_SIGN = 6
 """Bits of KeyUsage (RFC 5280, 4.2.1.3)."""
@@ -223,11 +222,7 @@ def read_certificate(der: bytes) -> Certificate:
     Raises:
         CertificateMalformed: anything else than a version 3 certificate in strict DER.
     """
-    if len(der) > MAX_CERTIFICATE_BYTES:
-        raise CertificateMalformed(
-            f"certificate: expected at most {MAX_CERTIFICATE_BYTES} bytes, found {len(der)}"
-        )
-    tbs, algorithm, signature = _read_signed(der, "certificate")
+    tbs, algorithm, signature = _read_signed(der, "certificate", MAX_CERTIFICATE_BYTES)
     reader = DerReader(tbs, "tbsCertificate").within(SEQUENCE, "value")
     version = reader.within(_VERSION_TAG, "version")
     number = integer_of(version.take(INTEGER, "value"), "version")
@@ -273,11 +268,7 @@ def read_revocation_list(der: bytes) -> RevocationList:
     Raises:
         CertificateMalformed: anything else than a version 2 list in strict DER.
     """
-    if len(der) > MAX_REVOCATION_LIST_BYTES:
-        raise CertificateMalformed(
-            f"CRL: expected at most {MAX_REVOCATION_LIST_BYTES} bytes, found {len(der)}"
-        )
-    tbs, algorithm, signature = _read_signed(der, "CRL")
+    tbs, algorithm, signature = _read_signed(der, "CRL", MAX_REVOCATION_LIST_BYTES)
     reader = DerReader(tbs, "tbsCertList").within(SEQUENCE, "value")
     number = integer_of(reader.take(INTEGER, "version"), "CRL.version")
     if number != 1:
@@ -321,7 +312,9 @@ def read_revocation_list(der: bytes) -> RevocationList:
     )
 
 
-def _read_signed(der: bytes, what: str) -> tuple[bytes, bytes, bytes]:
+def _read_signed(der: bytes, what: str, most: int) -> tuple[bytes, bytes, bytes]:
+    if len(der) > most:
+        raise CertificateMalformed(f"{what}: expected at most {most} bytes, found {len(der)}")
     outer = DerReader(der, what)
     inner = outer.within(SEQUENCE, "value")
     outer.finish()

@@ -16,7 +16,6 @@ __all__ = [
     "ENUMERATED",
     "IA5_STRING",
     "INTEGER",
-    "NULL",
     "OCTET_STRING",
     "OID",
     "SEQUENCE",
@@ -34,7 +33,6 @@ BOOLEAN = 0x01
 INTEGER = 0x02
 BIT_STRING = 0x03
 OCTET_STRING = 0x04
-NULL = 0x05
 OID = 0x06
 ENUMERATED = 0x0A
 UTF8_STRING = 0x0C

@@ -96,13 +96,14 @@ class ReferenceManifest:
     signer: tuple[Certificate, ...]
 
 
+@lru_cache(maxsize=256)
 def read_heading(xml: bytes) -> Heading:
     """Product and version, proved by nothing yet: says only where a RIM might belong.
 
     Raises:
         RimMalformed: not XML that is safe to parse, or not a RIM.
     """
-    return _heading(xml)
+    return _read_heading(_parse(xml))
 
 
 def verify_rim(
@@ -130,7 +131,7 @@ def verify_rim(
         CertificateRevoked, RevocationUnknown, CertificateUnsupported, EvidenceMalformed: the
         signer's chain.
     """
-    found = _verified(xml)
+    found = _verify(xml)
     check_length(found.signer, *_CHAIN, f"signer of {what}")
     check_root(found.signer, roots, f"signer of {what}")
     check_issuers(found.signer, f"signer of {what}")
@@ -141,16 +142,6 @@ def verify_rim(
     if failure is not None:
         raise failure
     return found
-
-
-@lru_cache(maxsize=256)
-def _heading(xml: bytes) -> Heading:
-    return _read_heading(_parse(xml))
-
-
-@lru_cache(maxsize=256)
-def _verified(xml: bytes) -> ReferenceManifest:
-    return _verify(xml)
 
 
 def _parser() -> etree.XMLParser:
@@ -205,6 +196,7 @@ def _read_heading(root: etree._Element) -> Heading:
     return Heading(product, version.upper())
 
 
+@lru_cache(maxsize=256)
 def _verify(xml: bytes) -> ReferenceManifest:
     root = _parse(xml)
     heading = _read_heading(root)

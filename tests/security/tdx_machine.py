@@ -81,8 +81,9 @@ def issue(
     extra: Sequence[tuple[x509.ExtensionType, bool]] = (),
     key: ec.EllipticCurvePrivateKey | None = None,
     digest: hashes.HashAlgorithm | None = None,
+    signs_data: bool | None = None,
 ) -> Issued:
-    """A certificate in Intel's profile."""
+    """A certificate in Intel's profile; `signs_data` None for what no CA does."""
     key = key or new_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     issuer_key = key if issuer is None else issuer.key
@@ -97,7 +98,7 @@ def issue(
         .add_extension(x509.BasicConstraints(ca, path_length if ca else None), critical=True)
         .add_extension(
             x509.KeyUsage(
-                digital_signature=not ca,
+                digital_signature=not ca if signs_data is None else signs_data,
                 content_commitment=False,
                 key_encipherment=False,
                 data_encipherment=False,
@@ -124,8 +125,12 @@ def revocation_list(
     issuer: Issued,
     revoked: Sequence[int] = (),
     dates: tuple[int, int] = (NOW - DAY, NOW + 30 * DAY),
+    *,
+    key: Issued | None = None,
+    digest: hashes.HashAlgorithm | None = None,
+    partial: bool = False,
 ) -> bytes:
-    """A CRL in DER."""
+    """A CRL in DER; with `key` signed by that one, `partial` of user certificates only."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.certificate.subject)
@@ -144,7 +149,19 @@ def revocation_list(
             .revocation_date(moment(dates[0]) - timedelta(days=1))
             .build()
         )
-    return builder.sign(issuer.key, hashes.SHA256()).public_bytes(Encoding.DER)
+    if partial:
+        point = x509.IssuingDistributionPoint(
+            full_name=None,
+            relative_name=None,
+            only_contains_user_certs=True,
+            only_contains_ca_certs=False,
+            only_some_reasons=None,
+            indirect_crl=False,
+            only_contains_attribute_certs=False,
+        )
+        builder = builder.add_extension(point, critical=True)
+    signer = (key or issuer).key
+    return builder.sign(signer, digest or hashes.SHA256()).public_bytes(Encoding.DER)
 
 
 # -- SGX extension --------------------------------------------------------------------------------

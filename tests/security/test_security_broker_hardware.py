@@ -196,6 +196,16 @@ def test_gpus_of_another_challenge(gpu_lab: HardwareLab) -> None:
     assert refused(gpu_lab, with_gpus(gpu_lab, nonce=b"n" * 32)) == "nvidia_nonce_mismatch"
 
 
+def test_freshness_of_gpus_is_never_open(tmp_path: Path) -> None:
+    """As for machines: a policy may leave it open for recorded evidence only."""
+    document = json.loads(policy_text(MACHINE, GPUS))
+    document["requirements"]["nvidia"]["open"] = ["freshness"]
+    known = MACHINE.collateral().with_more(nvidia_machine.collateral())
+    lab = make_lab(tmp_path, json.dumps(document), known)
+    assert refused(lab, with_gpus(lab, nonce=b"n" * 32)) == "nvidia_nonce_mismatch"
+    assert lab.broker.admit(with_gpus(lab), "test")
+
+
 def test_gpu_evidence_swapped(gpu_lab: HardwareLab) -> None:
     other = encode_parts(collect_gpus(b"n" * 32, NvmlStandIn(GPUS)))
     assert refused(gpu_lab, with_gpus(gpu_lab, sent=other)) == "gpu_evidence_swapped"

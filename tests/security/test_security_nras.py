@@ -110,6 +110,11 @@ def test_dates(now: int, code: str | None) -> None:
     assert codes(judged(eat(), now=now)) == ({code} if code else set())
 
 
+def test_a_token_of_the_future() -> None:
+    times = {"iat": NOW + 1, "nbf": NOW - 1}
+    assert codes(judged(eat(times, times))) == {"nras_not_current"}
+
+
 @pytest.mark.parametrize("claim", ["iat", "nbf", "exp"])
 @pytest.mark.parametrize("value", [None, "soon", True, 0, 2**60])
 def test_dates_of_another_shape(claim: str, value: object) -> None:

@@ -6,6 +6,7 @@ import base64
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -24,6 +25,7 @@ from nvidia_machine import (
     revocation_list,
     sign_document,
 )
+from signxml import XMLVerifier
 from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureMethod
 
 from security.attestation.rim import MAX_RIM_BYTES, Heading, read_heading, verify_rim
@@ -68,6 +70,22 @@ def edited(xml: bytes, edit: Callable[[etree._Element], None]) -> bytes:
 def replaced(xml: bytes, old: str, new: str) -> bytes:
     assert old.encode() in xml
     return xml.replace(old.encode(), new.encode(), 1)
+
+
+def test_what_was_digested_is_read_and_not_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the file parsed again, what the signature leaves out could be read as signed."""
+    signed = MANIFEST.signed()
+    real = XMLVerifier.verify
+
+    def another(*arguments: object, **options: object) -> object:
+        result = real(*arguments, **options)  # type: ignore[arg-type]
+        assert not isinstance(result, list)
+        digested = result.signed_data.replace(DRIVER.encode(), b"9.99.99")
+        return replace(result, signed_data=digested)
+
+    monkeypatch.setattr(XMLVerifier, "verify", another)
+    found = verify_rim(signed, authorities().rim_roots, (), NOW, "RIM x")
+    assert found.heading == Heading("GH100", "9.99.99")
 
 
 # -- what is signed ---------------------------------------------------------------------------

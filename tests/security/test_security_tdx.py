@@ -360,6 +360,8 @@ def _quote_cases() -> Iterator[tuple[str, bytes, set[str]]]:
     yield "leaf of another purpose", bound(pck=renamed), {"pck_chain_invalid"}
     is_ca = _again(ca=True)
     yield "leaf that is a CA", bound(pck=is_ca), {"pck_chain_invalid"}
+    idle = _again(signs_data=False)
+    yield "leaf that must not sign", bound(pck=idle), {"pck_chain_invalid"}
     weak = _again(digest=hashes.SHA384())
     yield "leaf signed with another hash", bound(pck=weak), {"pck_chain_invalid"}
     extension = machine.Platform().extension()
@@ -861,3 +863,17 @@ def test_every_error_is_shown_refusing() -> None:
         "event_log_not_replayed",
     }
     assert shown == {error.code for rule in TDX_RULES for error in rule.errors}
+
+
+@pytest.mark.parametrize("member", ["pck_crl", "root_ca_crl"])
+@pytest.mark.parametrize("fault", ["issuer", "digest", "partial"])
+def test_lists_that_are_not_the_issuers_own_and_whole(member: str, fault: str) -> None:
+    issuer = vendor().pck_ca if member == "pck_crl" else vendor().root
+    changed = {
+        "issuer": lambda: machine.revocation_list(vendor().signer, key=issuer),
+        "digest": lambda: machine.revocation_list(issuer, digest=hashes.SHA384()),
+        "partial": lambda: machine.revocation_list(issuer, partial=True),
+    }[fault]()
+    found = verify(documents=(collateral(**{member: changed}),))
+    wanted = "tdx_collateral_missing" if fault == "partial" else "intel_crl_signature_invalid"
+    assert wanted in {failure.code for failure in found.failures}
