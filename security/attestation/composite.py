@@ -11,7 +11,7 @@ from security.attestation.evidence import composite_report_data, encode_parts, g
 from security.attestation.evidence_directory import EvidenceFiles
 from security.attestation.nras import verify_nras
 from security.attestation.sev_snp import verify_endorsement
-from security.attestation.verdict import Check, Expectations, Verdict, judge
+from security.attestation.verdict import Check, Expectations, FunctionRule, Verdict, judge
 from security.errors import AppraisalError, EvidenceKindRefused
 
 __all__ = ["POLICY_RULES", "Found", "judge_evidence"]
@@ -36,49 +36,34 @@ class Found:
     policy: Policy
 
 
-@dataclass(frozen=True, slots=True)
-class _KindRule:
-    name: str = "policy.kind"
-    source: str = "Bulkhead policy, evidence"
-    errors: tuple[type[AppraisalError], ...] = (EvidenceKindRefused,)
-
-    def check(self, subject: Found) -> None:
-        """Every kind that is there stands in the policy."""
-        for kind in (subject.kind, *subject.devices):
-            if kind and kind not in subject.policy.evidence:
-                raise EvidenceKindRefused(
-                    f"evidence: expected a kind of {', '.join(subject.policy.evidence) or 'none'}, "
-                    f"as the policy lists, found {kind}"
-                )
+def _kinds(subject: Found) -> None:
+    for kind in (subject.kind, *subject.devices):
+        if kind and kind not in subject.policy.evidence:
+            raise EvidenceKindRefused(
+                f"evidence: expected a kind of {', '.join(subject.policy.evidence) or 'none'}, "
+                f"as the policy lists, found {kind}"
+            )
 
 
-@dataclass(frozen=True, slots=True)
-class _MachineRule:
-    name: str = "policy.machine"
-    source: str = "Bulkhead policy, evidence (kinds that speak for a machine)"
-    errors: tuple[type[AppraisalError], ...] = (MachineEvidenceMissing,)
-
-    def check(self, subject: Found) -> None:
-        """A machine proved itself if the policy lists a kind that does."""
-        kinds = [kind for kind in subject.policy.evidence if kind in MACHINE_EVIDENCE]
-        if kinds and subject.kind not in MACHINE_EVIDENCE:
-            raise MachineEvidenceMissing("evidence", f"a machine's ({' or '.join(kinds)})", "none")
+def _machine(subject: Found) -> None:
+    kinds = [kind for kind in subject.policy.evidence if kind in MACHINE_EVIDENCE]
+    if kinds and subject.kind not in MACHINE_EVIDENCE:
+        raise MachineEvidenceMissing("evidence", f"a machine's ({' or '.join(kinds)})", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class _DeviceRule:
-    name: str = "policy.devices"
-    source: str = "Bulkhead policy, evidence (kinds that speak for a device)"
-    errors: tuple[type[AppraisalError], ...] = (DeviceEvidenceMissing,)
-
-    def check(self, subject: Found) -> None:
-        """Every kind of device that the policy lists is there."""
-        for kind in subject.policy.demanded_devices():
-            if kind not in subject.devices:
-                raise DeviceEvidenceMissing("evidence", f"that of devices ({kind}) too", "none")
+def _devices(subject: Found) -> None:
+    for kind in subject.policy.demanded_devices():
+        if kind not in subject.devices:
+            raise DeviceEvidenceMissing("evidence", f"that of devices ({kind}) too", "none")
 
 
-POLICY_RULES = (_KindRule(), _MachineRule(), _DeviceRule())
+_POLICY = "Bulkhead policy, evidence"
+
+POLICY_RULES: tuple[FunctionRule[Found], ...] = (
+    FunctionRule("policy.kind", _POLICY, _kinds),
+    FunctionRule("policy.machine", f"{_POLICY} (kinds that speak for a machine)", _machine),
+    FunctionRule("policy.devices", f"{_POLICY} (kinds that speak for a device)", _devices),
+)
 """Rules about what there is at all."""
 
 

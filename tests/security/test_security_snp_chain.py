@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -309,9 +310,9 @@ def decoys() -> tuple[bytes, ...]:
 
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_decoys_do_not_hide_the_real_chain(order: object) -> None:
+def test_decoys_do_not_hide_the_real_chain(order: Random) -> None:
     pool = [*decoys(), VCEK.endorsement(), VCEK.issuer(), VCEK.root()]
-    order.shuffle(pool)  # type: ignore[attr-defined]
+    order.shuffle(pool)
     verdict = VCEK.verify(
         parts={"report": VCEK.report()},
         collateral=Collateral(tuple(pool), (crl(revoked=(0x666,)),)),
@@ -392,14 +393,9 @@ def test_first_and_last_second_of_a_list_count() -> None:
 # -- a certificate alone ----------------------------------------------------------------------
 
 
-def lone(machine: SnpMachine, **changes: object) -> Verdict:
-    roots = changes.pop("roots", (hashlib.sha256(machine.root()).hexdigest(),))
-    return verify_endorsement(
-        machine.endorsement(),
-        machine.collateral(),
-        NOW,
-        roots,  # type: ignore[arg-type]
-    )
+def lone(machine: SnpMachine, roots: tuple[str, ...] | None = None) -> Verdict:
+    known = (hashlib.sha256(machine.root()).hexdigest(),) if roots is None else roots
+    return verify_endorsement(machine.endorsement(), machine.collateral(), NOW, known)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda item: f"{item.product}-{item.key}")

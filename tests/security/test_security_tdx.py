@@ -17,7 +17,12 @@ from placement.requirements import PINS, Requirements
 from security.attestation import dcap, tdx_collateral_rules
 from security.attestation.collateral import Collateral
 from security.attestation.dcap import SecondOpinion
-from security.attestation.errors import NotATdQuote, QuoteAlgorithmRefused, QuoteVersionUnsupported
+from security.attestation.errors import (
+    NotATdQuote,
+    PinMissing,
+    QuoteAlgorithmRefused,
+    QuoteVersionUnsupported,
+)
 from security.attestation.tdx import TDX_RULES, verify_tdx
 from security.attestation.verdict import Expectations, Verdict
 from security.errors import AppraisalError, EvidenceMalformed
@@ -752,7 +757,7 @@ def test_nothing_is_unpinned_by_silence() -> None:
         "freshness_unproven",
         "event_log_missing",
     }
-    missing = {f.what for f in verdict.failures if f.code == "pin_missing"}  # type: ignore[attr-defined]
+    missing = {f.what for f in verdict.failures if isinstance(f, PinMissing)}
     assert missing == set(PINS["tdx"]) - {"mrservicetd"}
 
 
