@@ -26,7 +26,7 @@ name: benchmark
 protect: {prompt: attested, activations: attested, weights: attested}
 evidence: [simulated]
 ingress: plain
-accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement]
+accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement, plain_weights]
 """
 # So large that the cache has room for every sequence at full length.
 _NODE_BYTES = 1 << 40

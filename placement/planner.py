@@ -32,6 +32,7 @@ from placement.plan import (
     Trust,
 )
 from placement.policy import ENROLLED_EVIDENCE, Ingress, Objective, Policy, Weakness
+from placement.sealed import SealedParts
 
 DEFAULT_CONTEXT = 8192
 """Context, in tokens, when none is asked for and the model has more."""
@@ -41,6 +42,9 @@ _MAX_SEQUENCES_TRIED = 4096
 
 _MAX_CUTS_TRIED = 16
 """Node sequences for which the cut points are fitted to memory, per number of stages."""
+
+PLAIN = SealedParts()
+"""Of a checkpoint in which nothing is sealed."""
 
 
 class Infeasible(ValueError):
@@ -128,6 +132,7 @@ class _Problem:
     settings: PlanSettings
     load: Load
     nodes: tuple[Node, ...]
+    sealed: SealedParts
     known_costs: dict[tuple[int, int], StageCost] = field(default_factory=dict)
 
     @property
@@ -148,13 +153,35 @@ class _Problem:
     def trusts(self, stages: int) -> tuple[Trust, ...]:
         """The least trust of every stage.
 
-        Enrolled stages between attested ones could steer the output. Unless the policy accepts
-        that, all stages are asked to be attested.
+        Enrolled stages between attested ones could steer the output, and question protected
+        layers. Unless the policy accepts that, all stages are asked to be attested.
         """
-        needed = tuple(self.policy.trust_for(_exposes(stage, stages)) for stage in range(stages))
-        if len(set(needed)) > 1 and not self.policy.accepts(Weakness.UNVERIFIED_OUTPUT):
+        splits = self.settings.layer_splits
+        boundaries = None if splits is None else (0, *splits, len(self.profile.layers))
+        needed = tuple(
+            self.policy.trust_for(self.exposes(stage, stages, boundaries))
+            for stage in range(stages)
+        )
+        mixed = [Weakness.UNVERIFIED_OUTPUT]
+        if self.policy.protect.weights is Trust.ATTESTED:
+            mixed.append(Weakness.WEIGHT_ORACLE)
+        if len(set(needed)) > 1 and not all(map(self.policy.accepts, mixed)):
             return (Trust.ATTESTED,) * stages
         return needed
+
+    def exposes(
+        self, stage: int, stages: int, boundaries: tuple[int, ...] | None
+    ) -> tuple[DataClass, ...]:
+        """Data classes of a stage: token ids come in at the first, logits leave at the last.
+
+        As long as no boundaries are known, sealed parts may be in any stage.
+        """
+        ends = (DataClass.PROMPT,) if stage in (0, stages - 1) else ()
+        if boundaries is not None and self.sealed.any:
+            first, last = boundaries[stage : stage + 2]
+            if not self.sealed.read_by(first, last, len(self.profile.layers)):
+                return (*ends, DataClass.ACTIVATIONS)
+        return (*ends, DataClass.ACTIVATIONS, DataClass.WEIGHTS)
 
     def hosts(self, trust: Trust) -> tuple[Node, ...]:
         """The nodes that may host a role of that trust, as far as their labels say."""
@@ -177,6 +204,7 @@ def make_plan(
     manifest_digest: str,
     policy_digest: str,
     instance: str,
+    sealed: SealedParts = PLAIN,
 ) -> Plan:
     """Makes a plan that meets the policy on the nodes there are.
 
@@ -188,13 +216,14 @@ def make_plan(
         manifest_digest: SHA-256 (hex) of the model's manifest.
         policy_digest: SHA-256 (hex) of the policy's signed bytes.
         instance: name of the pipeline instance.
+        sealed: what of the model is sealed.
 
     Raises:
         Infeasible: with everything that is missing.
         placement.plan.PlanError: a name, digest or limit that no template can hold.
     """
     context = settings.context or min(profile.max_context, DEFAULT_CONTEXT)
-    wrong = _wrong_settings(profile, policy, settings, context)
+    wrong = _wrong_settings(profile, policy, settings, context, sealed)
     if wrong:
         raise Infeasible(tuple(wrong))
     load = Load(
@@ -205,7 +234,7 @@ def make_plan(
         batch=settings.max_sequences if policy.objective is Objective.THROUGHPUT else 1,
         tensor_parallel=settings.tensor_parallel,
     )
-    problem = _Problem(profile, policy, settings, load, inventory.nodes)
+    problem = _Problem(profile, policy, settings, load, inventory.nodes, sealed)
     reasons: list[str] = []
     for stages in _stage_counts(problem):
         # The first stage sees everything however many there are: more of them need no less trust.
@@ -281,10 +310,21 @@ def bind(
 
 
 def _wrong_settings(
-    profile: ModelProfile, policy: Policy, settings: PlanSettings, context: int
+    profile: ModelProfile,
+    policy: Policy,
+    settings: PlanSettings,
+    context: int,
+    sealed: SealedParts,
 ) -> list[str]:
     """What no set of nodes could mend."""
     wrong: list[str] = []
+    if _plain_weights(policy, sealed) and not policy.accepts(Weakness.PLAIN_WEIGHTS):
+        found = "parts of the model" if sealed.any else "the whole model"
+        wrong.append(
+            f"weights: the policy protects them, and {found} would lie in the clear on the nodes' "
+            f"disks; seal all of it (bulkhead seal --layers all), or accept "
+            f"{Weakness.PLAIN_WEIGHTS}"
+        )
     layers = len(profile.layers)
     tp = settings.tensor_parallel
     if settings.dtype != profile.dtype:
@@ -589,7 +629,7 @@ def _plan(
             first_layer=layout.boundaries[stage],
             last_layer=layout.boundaries[stage + 1],
             tp=settings.tensor_parallel,
-            exposes=_exposes(stage, stages),
+            exposes=problem.exposes(stage, stages, layout.boundaries),
             trust=trusts[stage],
             evidence=policy.evidence_for(trusts[stage]),
             regions=policy.regions,
@@ -612,7 +652,7 @@ def _plan(
         hidden_size=profile.hidden_size,
         layers=len(profile.layers),
         vocabulary=profile.vocabulary,
-        weaknesses=_weaknesses(policy, roles),
+        weaknesses=_weaknesses(policy, roles, problem.sealed),
         roles=roles,
         max_instances=settings.max_instances,
         generation=settings.generation,
@@ -627,12 +667,6 @@ def _plan(
     )
 
 
-def _exposes(stage: int, stages: int) -> tuple[DataClass, ...]:
-    """Data classes of a stage: token ids come in at the first, logits leave at the last."""
-    ends = (DataClass.PROMPT,) if stage in (0, stages - 1) else ()
-    return (*ends, DataClass.ACTIVATIONS, DataClass.WEIGHTS)
-
-
 def _cache_blocks(problem: _Problem, layout: _Layout) -> int:
     """Blocks that the fullest node has memory for, at most what all sequences can use."""
     blocks = min(problem.load.sequences * problem.least_blocks, MAX_CACHE_BLOCKS)
@@ -643,7 +677,14 @@ def _cache_blocks(problem: _Problem, layout: _Layout) -> int:
     return blocks
 
 
-def _weaknesses(policy: Policy, roles: tuple[RoleTemplate, ...]) -> tuple[str, ...]:
+def _plain_weights(policy: Policy, sealed: SealedParts) -> bool:
+    """Whether weights that the policy protects are readable on a disk."""
+    return policy.protect.weights is Trust.ATTESTED and not sealed.complete
+
+
+def _weaknesses(
+    policy: Policy, roles: tuple[RoleTemplate, ...], sealed: SealedParts
+) -> tuple[str, ...]:
     """Names of the accepted weaknesses that this template has, in the order of `Weakness`."""
     trusts = {role.trust for role in roles}
     kinds = {kind for role in roles for kind in role.evidence} - {ENROLLED_EVIDENCE}
@@ -654,9 +695,9 @@ def _weaknesses(policy: Policy, roles: tuple[RoleTemplate, ...]) -> tuple[str, .
         Weakness.UNPINNED_MEASUREMENT: any(kind not in policy.measurements for kind in kinds),
         Weakness.ACTIVATION_LEAKAGE: policy.protect.prompt is Trust.ATTESTED
         and Trust.ENROLLED in trusts,
-        # Every stage holds weights, so protected weights leave no enrolled neighbour.
-        Weakness.WEIGHT_ORACLE: False,
+        Weakness.WEIGHT_ORACLE: policy.protect.weights is Trust.ATTESTED and len(trusts) > 1,
         Weakness.UNVERIFIED_OUTPUT: len(trusts) > 1,
+        Weakness.PLAIN_WEIGHTS: _plain_weights(policy, sealed),
     }
     shown = tuple(weakness.value for weakness, holds in applies.items() if holds)
     devices = policy.demanded_devices() if Trust.ATTESTED in trusts else ()
@@ -703,6 +744,11 @@ def _notes(problem: _Problem, blocks: int) -> Iterator[str]:
         yield (
             f"the context is {load.context} tokens; the model takes up to {profile.max_context} "
             "if it is asked for"
+        )
+    if problem.sealed.any and not problem.sealed.complete and problem.settings.layer_splits is None:
+        yield (
+            "parts of the model are sealed: every stage is planned as if it had some of them; "
+            "with explicit cut points (layer_splits) those without need no more than the others"
         )
     wanted = [
         f"{name} {value} ms"

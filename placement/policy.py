@@ -75,6 +75,7 @@ class Weakness(StrEnum):
     ACTIVATION_LEAKAGE = "activation_leakage"
     WEIGHT_ORACLE = "weight_oracle"
     UNVERIFIED_OUTPUT = "unverified_output"
+    PLAIN_WEIGHTS = "plain_weights"
 
     @property
     def warning(self) -> str:
@@ -101,6 +102,10 @@ _WARNINGS: Mapping[Weakness, str] = MappingProxyType(
         Weakness.UNVERIFIED_OUTPUT: (
             "unverified output: an enrolled machine can steer what the model answers"
         ),
+        Weakness.PLAIN_WEIGHTS: (
+            "plain weights: whoever reads a node's disk reads the parts of the model that are "
+            "not sealed"
+        ),
     }
 )
 
@@ -124,7 +129,11 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """The least trust that a machine needs to see each data class."""
+    """The least trust that a machine needs to see each data class.
+
+    Where parts of a checkpoint are sealed, they are what `weights` means; where none is, every
+    stage's layers are.
+    """
 
     prompt: Trust
     activations: Trust

@@ -19,6 +19,7 @@ from placement.policy import (
     Policy,
     Weakness,
 )
+from placement.sealed import SealedParts
 
 UNIDENTIFIED = "unidentified"
 """Node of a machine whose evidence masks which one it is."""
@@ -95,16 +96,22 @@ class PlanRejected(ValueError):
         return (PlanRejected, (self.violations,))
 
 
-def verify_template(template: PlanTemplate, policy: Policy, policy_digest: str) -> None:
+def verify_template(
+    template: PlanTemplate, policy: Policy, policy_digest: str, sealed: SealedParts
+) -> None:
     """Checks that a template asks of every role what the policy wants.
 
-    The digest is an argument because the broker knows the digest of the signed bytes; it must be
-    the digest of this very policy too.
+    Args:
+        template: the template.
+        policy: the owner's policy.
+        policy_digest: an argument because the broker knows the digest of the signed bytes; it
+            must be the digest of this very policy too.
+        sealed: what of the model is sealed, by the signed manifest.
 
     Raises:
         PlanRejected: with all violations.
     """
-    _raise_if_any(_template_violations(template, policy, policy_digest))
+    _raise_if_any(_template_violations(template, policy, policy_digest, sealed))
 
 
 def verify_claims(
@@ -138,7 +145,7 @@ def _raise_if_any(violations: Iterator[Violation]) -> None:
 
 
 def _template_violations(
-    template: PlanTemplate, policy: Policy, policy_digest: str
+    template: PlanTemplate, policy: Policy, policy_digest: str, sealed: SealedParts
 ) -> Iterator[Violation]:
     if template.policy_digest != policy_digest:
         yield Violation("template.policy_digest", policy_digest, template.policy_digest)
@@ -151,14 +158,14 @@ def _template_violations(
             f"{len(template.roles)}",
         )
     for role in template.roles:
-        yield from _role_violations(role, template, policy)
+        yield from _role_violations(role, template, policy, sealed)
     accepted = {weakness.value for weakness in policy.accept} | set(
         policy.left_open(policy.evidence)
     )
     for name in template.weaknesses:
         if name not in accepted:
             yield Violation("weakness.unaccepted", "a weakness that the policy accepts", name)
-    found = {weakness.value for weakness in _template_weaknesses(template, policy)}
+    found = {weakness.value for weakness in _template_weaknesses(template, policy, sealed)}
     for weakness in sorted(found | set(policy.left_open(_evidence_kinds(template, policy)))):
         if weakness not in template.weaknesses:
             yield Violation(
@@ -169,10 +176,13 @@ def _template_violations(
 
 
 def _role_violations(
-    role: RoleTemplate, template: PlanTemplate, policy: Policy
+    role: RoleTemplate, template: PlanTemplate, policy: Policy, sealed: SealedParts
 ) -> Iterator[Violation]:
     where = f"{role.name}."
-    exposed = {DataClass.ACTIVATIONS, DataClass.WEIGHTS}
+    exposed = {DataClass.ACTIVATIONS}
+    if not sealed.any or sealed.read_by(role.first_layer, role.last_layer, template.layers):
+        # Parts that the owner left in the clear beside sealed ones are not what is protected.
+        exposed.add(DataClass.WEIGHTS)
     if role.first_layer == 0 or role.last_layer == template.layers:
         # The first stage holds the token ids, the last one the logits.
         exposed.add(DataClass.PROMPT)
@@ -206,7 +216,9 @@ def _evidence_kinds(template: PlanTemplate, policy: Policy) -> set[str]:
     return kinds
 
 
-def _template_weaknesses(template: PlanTemplate, policy: Policy) -> set[Weakness]:
+def _template_weaknesses(
+    template: PlanTemplate, policy: Policy, sealed: SealedParts
+) -> set[Weakness]:
     """The weaknesses that apply to any pipeline admitted under this template."""
     found: set[Weakness] = set()
     kinds = {kind for role in template.roles for kind in role.evidence}
@@ -227,6 +239,9 @@ def _template_weaknesses(template: PlanTemplate, policy: Policy) -> set[Weakness
         found.add(Weakness.UNVERIFIED_OUTPUT)
         if policy.protect.weights is Trust.ATTESTED:
             found.add(Weakness.WEIGHT_ORACLE)
+    if policy.protect.weights is Trust.ATTESTED and not sealed.complete:
+        # Attestation guards a shard's memory; what lies on disks in the clear it does not.
+        found.add(Weakness.PLAIN_WEIGHTS)
     return found
 
 

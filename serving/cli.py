@@ -369,7 +369,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         settings,
         policy,
         inventory,
-        manifest_digest=manifest.digest,
+        manifest=manifest,
         instance=DEFAULT_INSTANCE,
     )
     print(explain_plan(plan))

@@ -96,7 +96,7 @@ def serve_locally(settings: ModelSettings, home: Home, scratch: Path, host: str,
             settings,
             policy,
             connect_inventory(),
-            manifest_digest=manifest.digest,
+            manifest=manifest,
             instance=INSTANCE,
         )
         narrator.say("\n" + explain_plan(plan) + "\n")

@@ -21,6 +21,8 @@ from placement.model_profile import ProfileError, profile_model
 from placement.plan import Plan, PlanError
 from placement.planner import PlanSettings, make_plan
 from placement.policy import Policy, PolicyError, parse_policy
+from security.manifest import Manifest
+from security.sealing.document import sealed_parts
 from serving.errors import UsageError
 from serving.model_source import ModelSource
 
@@ -134,7 +136,7 @@ def plan_model(
     policy: Policy,
     inventory: Inventory,
     *,
-    manifest_digest: str,
+    manifest: Manifest,
     instance: str,
     cluster: str = DEFAULT_CLUSTER,
 ) -> Plan:
@@ -168,9 +170,10 @@ def plan_model(
                 generation=now,
                 weight_format=settings.weight_format,
             ),
-            manifest_digest=manifest_digest,
+            manifest_digest=manifest.digest,
             policy_digest=policy.digest,
             instance=instance,
+            sealed=sealed_parts(manifest),
         )
     except (ProfileError, PlanError, PolicyError) as error:
         raise UsageError(f"{source.directory}: {error}") from None

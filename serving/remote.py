@@ -131,7 +131,7 @@ def deploy(settings: DeploySettings, model: ModelSettings, home: Home) -> None:
         model,
         policy,
         connect_inventory(),
-        manifest_digest=manifest.digest,
+        manifest=manifest,
         instance=settings.instance,
         cluster=settings.cluster,
     )

@@ -89,6 +89,7 @@ from security.errors import (
     WrongPolicy,
 )
 from security.roster import ADDRESS, EPOCH_BYTES, LIFETIME_S, Roster, RosterEntry
+from security.sealing.document import sealed_parts
 from security.signing import public_bytes, sign
 
 log = logging.getLogger("bulkhead.broker")
@@ -456,7 +457,12 @@ class KeyBroker:
                 f"{documents.broker_key.hex()[:16]}...; sign the key in broker.pub"
             )
         try:
-            verify_template(documents.template, documents.policy, documents.policy_digest)
+            verify_template(
+                documents.template,
+                documents.policy,
+                documents.policy_digest,
+                sealed_parts(documents.manifest),
+            )
         except PlanRejected as error:
             raise TemplateRejected(f"template: {error}") from None
         return documents, enrolments

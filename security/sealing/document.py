@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from placement.document import DocumentError, Fields, decode, encode
+from placement.sealed import SealedParts
 from security.errors import CannotSeal, SealingMalformed, SelectionInvalid
 from security.manifest import DTYPE_BYTES, MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_TENSORS, Manifest
 
@@ -185,6 +186,29 @@ def stage_units(manifest: Manifest, first_layer: int, last_layer: int, layers: i
         # A tied head is computed with the embedding.
         units.append(HEAD if own_head else EMBEDDING)
     return sorted(set(units))
+
+
+def sealed_parts(manifest: Manifest) -> SealedParts:
+    """What of a model is sealed, as its signed manifest shows without `sealing.json` itself.
+
+    A sealed tensor is stored as U8 of one dimension, as no tensor is that a stage reads in the
+    clear. A unit counts as sealed where one of its tensors is.
+    """
+    if not any(file.name == SEALING_FILE for file in manifest.files):
+        return SealedParts()
+    sealed = {
+        tensor.name: tensor.dtype == "U8" and len(tensor.shape) == 1 for tensor in manifest.tensors
+    }
+    units = {unit for name, is_sealed in sealed.items() if is_sealed and (unit := unit_of(name))}
+    own_head = any(unit_of(name) == HEAD for name in sealed)
+    prefix = layer_unit(0).removesuffix("0")
+    return SealedParts(
+        layers=frozenset(int(unit.removeprefix(prefix)) for unit in units if prefix in unit),
+        embedding=EMBEDDING in units,
+        norm=NORM in units,
+        head=(HEAD if own_head else EMBEDDING) in units,
+        complete=all(sealed.values()),
+    )
 
 
 def parse_selection(text: str) -> frozenset[str]:

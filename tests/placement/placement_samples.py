@@ -5,8 +5,9 @@ from __future__ import annotations
 from placement.inventory import Inventory, Node
 from placement.model_profile import ModelProfile, profile_model
 from placement.plan import Plan
-from placement.planner import PlanSettings, make_plan
+from placement.planner import PLAIN, PlanSettings, make_plan
 from placement.policy import Policy, parse_policy
+from placement.sealed import SealedParts
 
 MANIFEST = "ab" * 32
 GIB = 1 << 30
@@ -19,7 +20,7 @@ evidence: [simulated]
 ingress: plain
 stages: {min: 2}
 tensor_parallel: {max: 4}
-accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement]
+accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement, plain_weights]
 """
 
 MIXED = """\
@@ -96,6 +97,7 @@ def plan(
     nodes: list[Node],
     with_policy: Policy | None = None,
     with_profile: ModelProfile | None = None,
+    sealed: SealedParts = PLAIN,
     **changes: object,
 ) -> Plan:
     chosen = with_policy or policy()
@@ -107,4 +109,5 @@ def plan(
         manifest_digest=MANIFEST,
         policy_digest=chosen.digest,
         instance="pipeline-0",
+        sealed=sealed,
     )

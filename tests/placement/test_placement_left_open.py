@@ -10,6 +10,7 @@ from placement_samples import node, plan
 from placement.explain import weakness_warnings
 from placement.plan import PlanTemplate
 from placement.policy import Policy, parse_policy
+from placement.sealed import SealedParts
 from placement.verify import PlanRejected, verify_template
 
 POLICY_TEXT = f"""
@@ -22,7 +23,7 @@ requirements:
   sev-snp: {{open: [chip_id, host_data], roots: ["{"cd" * 32}"]}}
   nvidia: {{open: [driver]}}
 ingress: sealed
-accept: [unhardened]
+accept: [unhardened, plain_weights]
 """
 POLICY = parse_policy(POLICY_TEXT)
 OPEN = ("open.sev-snp.chip_id", "open.sev-snp.host_data", "roots.sev-snp", "open.nvidia.driver")
@@ -33,8 +34,8 @@ def template() -> PlanTemplate:
 
 
 def test_the_planner_names_it_and_the_verifier_agrees() -> None:
-    assert template().weaknesses == ("unhardened", *OPEN)
-    verify_template(template(), POLICY, POLICY.digest)
+    assert template().weaknesses == ("unhardened", "plain_weights", *OPEN)
+    verify_template(template(), POLICY, POLICY.digest, SealedParts())
     assert PlanTemplate.from_bytes(template().to_bytes()) == template()
 
 
@@ -46,20 +47,20 @@ def test_regions_are_named_as_declared() -> None:
     assert "declared.regions" in made.weaknesses
     quiet = tuple(name for name in made.weaknesses if name != "declared.regions")
     with pytest.raises(PlanRejected, match=r"declared\.regions accepted by the policy and named"):
-        verify_template(replace(made, weaknesses=quiet), regional, regional.digest)
+        verify_template(replace(made, weaknesses=quiet), regional, regional.digest, SealedParts())
 
 
 @pytest.mark.parametrize("name", OPEN)
 def test_a_template_that_keeps_it_quiet_is_refused(name: str) -> None:
     quiet = tuple(shown for shown in template().weaknesses if shown != name)
     with pytest.raises(PlanRejected, match=f"{name} accepted by the policy and named"):
-        verify_template(replace(template(), weaknesses=quiet), POLICY, POLICY.digest)
+        verify_template(replace(template(), weaknesses=quiet), POLICY, POLICY.digest, SealedParts())
 
 
 def test_a_template_that_opens_more_than_the_policy_is_refused() -> None:
     more = (*template().weaknesses, "open.sev-snp.csp_id")
     with pytest.raises(PlanRejected, match=r"weakness\.unaccepted.*open\.sev-snp\.csp_id"):
-        verify_template(replace(template(), weaknesses=more), POLICY, POLICY.digest)
+        verify_template(replace(template(), weaknesses=more), POLICY, POLICY.digest, SealedParts())
 
 
 @pytest.mark.parametrize("field", ["roots", "rim_roots"])

@@ -15,6 +15,7 @@ from placement.model_profile import profile_model
 from placement.plan import Plan, Trust
 from placement.planner import Infeasible, bind
 from placement.policy import Policy
+from placement.sealed import SealedParts
 from placement.verify import verify_template
 
 
@@ -223,12 +224,13 @@ def test_regions_keep_nodes_out() -> None:
 
 
 def test_hardened_nodes_are_asked_for() -> None:
-    strict = policy(accept="[simulated_tee, plain_ingress, unpinned_measurement]")
+    strict = policy(accept="[simulated_tee, plain_ingress, unpinned_measurement, plain_weights]")
     assert "it is not hardened" in reasons([node("a")], strict)
     assert plan([node("a", hardened=True)], strict).template.weaknesses == (
         "simulated_tee",
         "plain_ingress",
         "unpinned_measurement",
+        "plain_weights",
     )
 
 
@@ -250,7 +252,7 @@ def test_enrolled_stages_between_attested_ones_need_consent() -> None:
     )
     made = plan([node("a"), node("b"), node("c")], asked)
     assert {role.trust for role in made.template.roles} == {Trust.ATTESTED}
-    verify_template(made.template, asked, asked.digest)
+    verify_template(made.template, asked, asked.digest, SealedParts())
 
 
 def test_stage_limits_of_the_policy_hold() -> None:
@@ -293,7 +295,7 @@ def test_every_plan_passes_the_verifier_and_fits(
     except Infeasible as error:
         assert error.reasons
         return
-    verify_template(made.template, asked, asked.digest)
+    verify_template(made.template, asked, asked.digest, SealedParts())
     assert Plan.from_bytes(made.to_bytes()) == made
     rooms = {item.id: item.memory_bytes * 0.9 for item in nodes}
     for estimate in made.estimates:
@@ -327,7 +329,7 @@ def test_int8_weights_are_planned_signed_and_shown() -> None:
     assert int8.template.digest != plain.template.digest
     assert replace(int8.template, weight_format="plain").digest != int8.template.digest
     assert Plan.from_bytes(int8.to_bytes()) == int8
-    verify_template(int8.template, policy(), policy().digest)
+    verify_template(int8.template, policy(), policy().digest, SealedParts())
     assert "8 layers in float32 with int8 weights on 1 node" in plan_table(int8)
     assert "weights on" not in plan_table(plain)
 

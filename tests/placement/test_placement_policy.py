@@ -33,10 +33,19 @@ def refused(text: str) -> PolicyError:
         ("open", {"plain_ingress", "unhardened"}),
         ("weights-private", {"plain_ingress"}),
         ("prompt-private", set()),
-        ("simulated-sealed", {"simulated_tee", "unhardened", "unpinned_measurement"}),
+        (
+            "simulated-sealed",
+            {"simulated_tee", "unhardened", "unpinned_measurement", "plain_weights"},
+        ),
         (
             "simulated",
-            {"simulated_tee", "unhardened", "plain_ingress", "unpinned_measurement"},
+            {
+                "simulated_tee",
+                "unhardened",
+                "plain_ingress",
+                "unpinned_measurement",
+                "plain_weights",
+            },
         ),
     ],
 )

@@ -11,6 +11,7 @@ from placement_samples import MIXED, node, plan, policy
 
 from placement.plan import DataClass, PlanError, PlanTemplate, RoleTemplate, Trust
 from placement.policy import Policy, Weakness
+from placement.sealed import SealedParts
 from placement.verify import (
     Claims,
     PlanRejected,
@@ -44,7 +45,7 @@ SNP = replace(CLAIMS, kind="sev-snp", product="Genoa", measurement=PIN, simulate
 
 def codes(template: PlanTemplate, asked: Policy = POLICY, digest: str = "") -> list[str]:
     with pytest.raises(PlanRejected) as caught:
-        verify_template(template, asked, digest or asked.digest)
+        verify_template(template, asked, digest or asked.digest, SealedParts())
     return [violation.code for violation in caught.value.violations]
 
 
@@ -66,8 +67,8 @@ def with_role(template: PlanTemplate, stage: int, /, **changes: object) -> PlanT
 
 
 def test_what_the_planner_makes_is_accepted() -> None:
-    verify_template(TEMPLATE, POLICY, POLICY.digest)
-    verify_template(MIXED_TEMPLATE, MIXED_POLICY, MIXED_POLICY.digest)
+    verify_template(TEMPLATE, POLICY, POLICY.digest, SealedParts())
+    verify_template(MIXED_TEMPLATE, MIXED_POLICY, MIXED_POLICY.digest, SealedParts())
 
 
 def test_the_template_must_be_for_this_policy() -> None:
@@ -92,7 +93,7 @@ def test_a_template_cannot_ask_for_less_trust() -> None:
 def test_all_violations_are_collected_with_expected_and_found() -> None:
     bad = with_role(with_role(TEMPLATE, 0, tp=8), 1, evidence=("tdx", "enrolled"))
     with pytest.raises(PlanRejected) as caught:
-        verify_template(bad, POLICY, POLICY.digest)
+        verify_template(bad, POLICY, POLICY.digest, SealedParts())
     assert [str(violation) for violation in caught.value.violations[:2]] == [
         "stage-0.tp: expected at most 4 ranks, found 8",
         "stage-1.evidence: expected any of simulated, found tdx",
@@ -110,7 +111,7 @@ def test_stage_limits_hold() -> None:
 
 def test_a_strengthened_role_is_accepted() -> None:
     stronger = with_role(MIXED_TEMPLATE, 1, trust=Trust.ATTESTED, evidence=("simulated", "sev-snp"))
-    verify_template(stronger, MIXED_POLICY, MIXED_POLICY.digest)
+    verify_template(stronger, MIXED_POLICY, MIXED_POLICY.digest, SealedParts())
 
 
 ROLE_CORRUPTIONS: list[st.SearchStrategy[dict[str, object]]] = [
@@ -180,7 +181,10 @@ def test_every_corrupted_role_is_refused(stage: int, changes: dict[str, object])
         return  # unchanged, or asks for more than the policy does
     with pytest.raises((PlanRejected, PlanError)):
         verify_template(
-            with_role(MIXED_TEMPLATE, stage, **changed), MIXED_POLICY, MIXED_POLICY.digest
+            with_role(MIXED_TEMPLATE, stage, **changed),
+            MIXED_POLICY,
+            MIXED_POLICY.digest,
+            SealedParts(),
         )
 
 
@@ -191,6 +195,7 @@ def test_every_corrupted_template_is_refused(changes: dict[str, object]) -> None
             replace(MIXED_TEMPLATE, **changes),  # type: ignore[arg-type]
             MIXED_POLICY,
             MIXED_POLICY.digest,
+            SealedParts(),
         )
 
 
@@ -274,5 +279,5 @@ def test_separate_nodes_are_checked_on_claims() -> None:
 
 def test_verifying_changes_nothing() -> None:
     before = copy.deepcopy(MIXED_TEMPLATE.to_document())
-    verify_template(MIXED_TEMPLATE, MIXED_POLICY, MIXED_POLICY.digest)
+    verify_template(MIXED_TEMPLATE, MIXED_POLICY, MIXED_POLICY.digest, SealedParts())
     assert MIXED_TEMPLATE.to_document() == before

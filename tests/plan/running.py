@@ -33,6 +33,7 @@ from security.broker.service import BrokerServer, start_broker
 from security.envelope import EnvelopeClient, Request, ResponseHead
 from security.manifest import build_manifest
 from security.roster import Roster
+from security.sealing.document import sealed_parts
 from security.signing import create_key_file, public_bytes
 
 POLICY = """\
@@ -42,7 +43,7 @@ protect: {prompt: attested, activations: attested, weights: attested}
 evidence: [simulated]
 ingress: plain
 tensor_parallel: {max: 2}
-accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement]
+accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement, plain_weights]
 """
 INSTANCE = "pipeline-0"
 ENTRY = ("-I", "-m", "runtime.shard.process")
@@ -142,6 +143,7 @@ class RunningPlan:
             manifest_digest=self.manifest.digest,
             policy_digest=self.policy.digest,
             instance=INSTANCE,
+            sealed=sealed_parts(self.manifest),
         )
         self.template: PlanTemplate = plan.template
 

@@ -57,7 +57,7 @@ def policy_text(
         "requirements": {"sev-snp": chosen.to_document()},
         "separate_nodes": separate_nodes,
         "ingress": "plain",
-        "accept": ["unhardened", "plain_ingress"],
+        "accept": ["unhardened", "plain_ingress", "plain_weights"],
     }
     if gpus:
         pinned = nvidia_machine.expectations(gpus).requirements.to_document()

@@ -33,7 +33,7 @@ evidence: [simulated]
 ingress: plain
 objective: latency
 stages: {min: 1}
-accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement]
+accept: [simulated_tee, unhardened, plain_ingress, unpinned_measurement, plain_weights]
 """
 
 HARDWARE = """
@@ -44,7 +44,7 @@ evidence: [sev-snp]
 ingress: plain
 objective: latency
 stages: {min: 1}
-accept: [unhardened, plain_ingress, unpinned_measurement]
+accept: [unhardened, plain_ingress, unpinned_measurement, plain_weights]
 """
 
 OPEN = """

@@ -425,7 +425,7 @@ def test_unpinned_measurement(tmp_path: Path) -> None:
         "ingress:", f"measurements: {{simulated: ['{'ab' * 32}']}}\ningress:"
     )
     lab = Lab(tmp_path, pinned)
-    weaknesses = ("simulated_tee", "unhardened", "plain_ingress")
+    weaknesses = ("simulated_tee", "unhardened", "plain_ingress", "plain_weights")
     lab.install(weaknesses=weaknesses)
     assert "measurement" in refused(lab, errors.ClaimsRejected, lab.request())
     good = SimulatedCollector("node-a", measurement="ab" * 32).collect
