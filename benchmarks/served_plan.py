@@ -21,8 +21,9 @@ from benchmarks.planned import INSTANCE, MODEL, Size, plan_deployment
 from benchmarks.times import RequestTimes, TimedRequest
 from runtime.shard import control_pb2, control_pb2_grpc
 from runtime.shard.launch import ShardProcess, ShardSpec
-from security.broker.client import BrokerClient, open_roster_reply
+from security.broker.client import BrokerClient
 from security.broker.documents import sign_installation
+from security.broker.roster_reply import open_roster_reply
 from security.broker.service import start_broker
 from security.envelope import EnvelopeClient, Request, ResponseHead
 from security.roster import RosterEntry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from security.broker.client import open_roster_reply
+from security.broker.roster_reply import open_roster_reply
 from serving.relay import HeadRoute
 
 MAX_PUBLIC_BYTES = 4 << 20

@@ -28,7 +28,8 @@ from runtime.stage.border import RotaryBorder
 from runtime.stage.errors import RankFailed
 from runtime.stage.settings import StageSettings
 from runtime.stage.stage import StageRunner
-from security.broker.client import Membership, request_admission
+from security.broker.candidate import request_admission
+from security.broker.membership import Membership
 from security.channel.link import LinkListener
 from security.errors import SecurityError
 from security.manifest import ModelFiles

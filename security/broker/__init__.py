@@ -1,1 +1,1 @@
-"""The key broker: rules (`key_broker`), network (`service`), and those who call it (`client`)."""
+"""The key broker: rules (`key_broker` and its parts), network (`service`), callers (`client`)."""

@@ -21,10 +21,12 @@ from security.attestation.collateral import Collateral
 from security.attestation.collateral_directory import CollateralDirectory
 from security.attestation.evidence import Binding, Evidence
 from security.broker import broker_pb2, broker_pb2_grpc
+from security.broker.admission import AdmissionRequest
 from security.broker.audit import read_witness, require_not_behind
 from security.broker.documents import Installation
-from security.broker.key_broker import MAX_WATCHERS, AdmissionRequest, KeyBroker, WatchClosed
+from security.broker.key_broker import MAX_WATCHERS, KeyBroker
 from security.broker.store import BrokerStore, printable
+from security.broker.watcher import WatchClosed
 from security.broker.witness import Send, to_file, to_http
 from security.errors import MalformedInput, NoRoster, NothingInstalled, SecurityError
 from security.signing import public_bytes

@@ -27,8 +27,9 @@ from placement.planner import PlanSettings, make_plan
 from placement.policy import parse_policy
 from runtime.shard import control_pb2, control_pb2_grpc
 from runtime.shard.launch import ShardProcess, ShardProcessError, ShardSpec
-from security.broker.client import BrokerClient, open_roster_reply
+from security.broker.client import BrokerClient
 from security.broker.documents import sign_installation
+from security.broker.roster_reply import open_roster_reply
 from security.broker.service import BrokerServer, start_broker
 from security.envelope import EnvelopeClient, Request, ResponseHead
 from security.manifest import build_manifest

@@ -22,7 +22,9 @@ from security.attestation.evidence import Binding
 from security.attestation.simulated import SimulatedCollector
 from security.broker import broker_pb2
 from security.broker.audit import read_entries
-from security.broker.client import BrokerClient, Challenge, request_admission
+from security.broker.candidate import request_admission
+from security.broker.challenge import Challenge
+from security.broker.client import BrokerClient
 from security.errors import AdmissionRefused, NoCollector, PickleOnlyCheckpoint
 from security.manifest import build_manifest
 

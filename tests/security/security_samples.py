@@ -16,11 +16,13 @@ from placement.policy import Policy, Weakness, parse_policy
 from security.attestation.enrolled import Enrolments
 from security.attestation.evidence import Binding, Evidence
 from security.attestation.simulated import SimulatedCollector
+from security.broker.admission import AdmissionRequest
 from security.broker.audit import read_entries
 from security.broker.documents import Installation, sign_installation
-from security.broker.key_broker import AdmissionRequest, KeyBroker, Watcher
+from security.broker.key_broker import KeyBroker
 from security.broker.members import member_mac, open_secret
 from security.broker.store import BrokerStore
+from security.broker.watcher import Watcher
 from security.manifest import Manifest, build_manifest
 from security.roster import Roster
 from security.signing import open_signed, public_bytes

@@ -19,14 +19,12 @@ from security.attestation.enrolled import EnrolledCollector, Enrolment, Enrolmen
 from security.attestation.evidence import Binding, Evidence
 from security.attestation.simulated import SimulatedCollector
 from security.broker import broker_pb2
-from security.broker.key_broker import (
-    INSTANCE_IDLE_S,
-    MAX_NONCES_PER_PEER,
-    AdmissionRequest,
-    WatchClosed,
-)
+from security.broker.admission import AdmissionRequest
+from security.broker.instances import INSTANCE_IDLE_S
 from security.broker.members import member_mac
+from security.broker.nonces import MAX_NONCES_PER_PEER
 from security.broker.store import BrokerStore
+from security.broker.watcher import WatchClosed
 from security.roster import LIFETIME_S
 from security.signing import public_bytes, sign
 

@@ -15,8 +15,8 @@ from security_samples import Lab
 from snp_machine import NOW, SnpMachine
 
 from security.attestation import collect, nvml
-from security.broker import client, key_broker, service
-from security.broker.client import request_admission
+from security.broker import candidate, key_broker, service
+from security.broker.candidate import request_admission
 from security.broker.service import BrokerServer
 from security.errors import AdmissionRefused, SecurityError
 
@@ -48,7 +48,7 @@ def ask(
     gpus: Callable[[bytes], dict[str, bytes]],
 ) -> None:
     monkeypatch.setattr(collect.nvml, "collect_gpus", gpus)
-    monkeypatch.setattr(client, "choose_collector", lambda *_: collector(MACHINE))
+    monkeypatch.setattr(candidate, "choose_collector", lambda *_: collector(MACHINE))
     _, membership, _ = request_admission(
         server.address,
         lab.owner_public,

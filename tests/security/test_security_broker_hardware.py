@@ -17,7 +17,7 @@ from security.attestation.collateral import Collateral
 from security.attestation.evidence import Binding, encode_parts, evidence_digest, gpu_nonce
 from security.attestation.nvml import collect_gpus
 from security.broker import key_broker
-from security.broker.key_broker import AdmissionRequest
+from security.broker.admission import AdmissionRequest
 from security.errors import CollateralUnusable, SecurityError
 
 MACHINE = SnpMachine(product="Genoa")

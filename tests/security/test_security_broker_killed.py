@@ -18,7 +18,8 @@ from security_samples import Lab, audit_lines
 from security import errors
 from security.attestation.simulated import SimulatedCollector
 from security.broker.audit import verify_home
-from security.broker.client import BrokerClient, Challenge
+from security.broker.challenge import Challenge
+from security.broker.client import BrokerClient
 from security.signing import load_public_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,8 +97,8 @@ class Load:
         verify_home(home, public, home.parent / "witness")
         lab.broker = lab.start()
         admitted = {
-            (name, role): member.entry.shard_key
-            for name, instance in lab.broker._instances.items()
+            (instance.name, role): member.entry.shard_key
+            for instance in lab.broker._instances
             for role, member in instance.members.items()
         }
         lab.close()

@@ -25,14 +25,13 @@ from security import errors
 from security.attestation.enrolled import Enrolment, Enrolments
 from security.attestation.simulated import SimulatedCollector
 from security.broker import service
-from security.broker.client import (
-    BrokerClient,
-    Challenge,
-    Membership,
-    open_roster_reply,
-    request_admission,
-)
+from security.broker.candidate import request_admission
+from security.broker.challenge import Challenge
+from security.broker.client import BrokerClient
 from security.broker.documents import Installation, sign_installation
+from security.broker.members import SECRET_BYTES
+from security.broker.membership import Membership
+from security.broker.roster_reply import open_roster_reply
 from security.broker.service import start_broker
 from security.manifest import build_manifest, observe_manifest
 from security.roster import Roster
@@ -425,7 +424,7 @@ def test_a_nonce_is_for_one_admission(site: Site) -> None:
     binding = challenge.binding(key.public_key().public_bytes_raw(), observed)
     evidence = SimulatedCollector("node-a").collect(binding.report_data())
 
-    def admit() -> Membership:
+    def admit() -> bytes:
         return client.admit(
             challenge,
             key,
@@ -435,7 +434,7 @@ def test_a_nonce_is_for_one_admission(site: Site) -> None:
             observed_manifest_digest=observed,
         )
 
-    assert isinstance(admit(), Membership)
+    assert len(admit()) == SECRET_BYTES
     with pytest.raises(errors.AdmissionRefused) as caught:
         admit()
     assert caught.value.code == "nonce_used"
@@ -480,7 +479,7 @@ def test_retire(site: Site) -> None:
 
 
 def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("security.broker.client.REACH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("security.broker.candidate.REACH_TIMEOUT_S", 0.5)
     with pytest.raises(errors.BrokerUnreachable, match="check that the broker runs"):
         request_admission(
             "127.0.0.1:1",

@@ -12,8 +12,8 @@ from security_samples import Lab
 from placement.plan import Trust
 from placement.verify import Claims, RegionSource
 from security import errors
-from security.broker.key_broker import Watcher
 from security.broker.revocation import Revocations, Revoked
+from security.broker.watcher import Watcher
 from security.signing import sign
 
 MACHINE = Claims(
